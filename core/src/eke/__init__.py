@@ -1,0 +1,38 @@
+"""Eke out more training from the same hardware: techniques for ``lightning.Trainer`` that combine and resume.
+
+Importing this package imports neither torch nor lightning; what needs them is loaded on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from eke.registry import available, create, get, trainer_kwargs
+from eke.spec import ConflictError, EkeError, NoEffectWarning, Technique, hookimpl
+
+if TYPE_CHECKING:
+    from eke.technique import TechniqueCallback, load_from_checkpoint, techniques
+
+_LAZY = {"TechniqueCallback": "eke.technique", "techniques": "eke.technique", "load_from_checkpoint": "eke.technique"}
+
+__all__ = [
+    "ConflictError",
+    "EkeError",
+    "NoEffectWarning",
+    "Technique",
+    "TechniqueCallback",
+    "available",
+    "create",
+    "get",
+    "hookimpl",
+    "load_from_checkpoint",
+    "techniques",
+    "trainer_kwargs",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'eke' has no attribute {name!r}")

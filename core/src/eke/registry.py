@@ -1,0 +1,135 @@
+"""Finds techniques in distribution metadata and imports one only when it is asked for."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import pluggy
+
+from eke import compose, spec
+from eke.spec import EkeError, Technique
+
+GROUP = "eke"
+
+_manager = pluggy.PluginManager(GROUP)
+_manager.add_hookspecs(spec)
+
+
+def installed() -> dict[str, list[EntryPoint]]:
+    """Map each installed technique's name to the entry points that claim it. Imports no plugin."""
+    found: dict[str, list[EntryPoint]] = {}
+    for entry in entry_points(group=GROUP):
+        claims = found.setdefault(entry.name, [])
+        # An editable install beside a stale copy lists one distribution twice: that is no rival.
+        if all(entry.dist.name != other.dist.name for other in claims):
+            claims.append(entry)
+    return dict(sorted(found.items()))
+
+
+def available() -> dict[str, EntryPoint]:
+    """Map each technique that exactly one distribution provides to its entry point. Imports no plugin."""
+    return {name: claims[0] for name, claims in installed().items() if len(claims) == 1}
+
+
+def get(name: str) -> Technique:
+    """Import one technique's plugin and return its record.
+
+    Raises:
+        EkeError: it is not installed, does not load, or two distributions claim its name.
+    """
+    if not _manager.has_plugin(name):
+        _load(name)
+    (technique,) = _manager.subset_hook_caller("eke_technique", _all_but(name))()
+    return technique
+
+
+def create(name: str, **arguments: Any) -> Any:
+    """Build a technique's Lightning object.
+
+    Raises:
+        EkeError: as :func:`get`, or an argument that the technique does not take.
+        ValueError: the technique refused the value of an argument.
+    """
+    technique = get(name)
+    check_arguments(technique, arguments)
+    return technique.build(**arguments)
+
+
+def trainer_kwargs(**techniques: dict[str, Any]) -> dict[str, Any]:
+    """Build several techniques and put each under the Trainer argument it belongs to.
+
+    Example::
+
+        Trainer(max_epochs=3, **eke.trainer_kwargs(stacking={"stages": [0.3]}, adam8bit={}))
+
+    Args:
+        techniques: Technique name to its arguments; ``{}`` takes the defaults.
+
+    Raises:
+        EkeError: as :func:`create`.
+        ConflictError: techniques that cannot run together.
+    """
+    ordered = compose.order([get(name) for name in techniques])
+    for technique in ordered:
+        check_arguments(technique, techniques[technique.name])
+    kwargs: dict[str, Any] = {}
+    for technique in ordered:
+        built = technique.build(**techniques[technique.name])
+        argument = trainer_argument(built)
+        if argument == "strategy":
+            kwargs[argument] = built  # only one replaces the sharding, so only one can be here
+        else:
+            kwargs.setdefault(argument, []).append(built)
+    return kwargs
+
+
+def trainer_argument(built: object) -> str:
+    """Name the Trainer argument that takes this object: ``callbacks``, ``strategy`` or ``plugins``."""
+    from lightning.pytorch import Callback
+    from lightning.pytorch.strategies import Strategy
+
+    if isinstance(built, Callback):
+        return "callbacks"
+    return "strategy" if isinstance(built, Strategy) else "plugins"
+
+
+def check_arguments(technique: Technique, arguments: dict[str, Any]) -> None:
+    """Refuse an argument that the technique's factory does not have, and name those it has."""
+    import inspect
+
+    factory = technique.resolve()
+    try:
+        inspect.signature(factory).bind(**arguments)
+    except TypeError as error:
+        takes = ", ".join(str(parameter) for parameter in inspect.signature(factory).parameters.values())
+        raise EkeError(f"{technique.name}: {error}. It takes: {takes or 'no arguments'}.") from None
+
+
+def _load(name: str) -> None:
+    claims = installed().get(name, [])
+    if not claims:
+        raise EkeError(
+            f"no technique named {name!r} is installed. Installed: {', '.join(available()) or 'none'}. "
+            f"Perhaps: pip install eke-{name.replace('_', '-')}"
+        )
+    if len(claims) > 1:
+        rivals = " and ".join(sorted(entry.dist.name for entry in claims))
+        raise EkeError(f"two distributions provide the technique {name!r}: {rivals}. Uninstall one of them.")
+    (entry,) = claims
+    where = f"{entry.dist.name} {entry.dist.version}"
+    try:
+        _manager.register(entry.load(), name=name)
+        _manager.check_pending()  # a hook under a misspelt name would otherwise go unseen
+        records = _manager.subset_hook_caller("eke_technique", _all_but(name))()
+        if len(records) != 1 or records[0].name != name:
+            got = ", ".join(repr(record.name) for record in records) or "nothing"
+            raise EkeError(f"its hook eke_technique must return one record named {name!r}; it returned {got}")
+    except Exception as error:
+        if _manager.has_plugin(name):
+            _manager.unregister(name=name)
+        raise EkeError(f"{where} is installed but does not load: {error}") from error
+
+
+def _all_but(name: str) -> list[object]:
+    return [plugin for plugin_name, plugin in _manager.list_name_plugin() if plugin_name != name]
