@@ -1,0 +1,228 @@
+"""The repeated blocks of a model, and its attention, found by structure.
+
+The trick it hides: no two libraries name them alike (``blocks``, ``transformer.h``, ``model.layers``,
+``encoder.layer``), but each keeps its blocks in one list of like modules, and each block holds its attention.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+_NAMES = {
+    letter: re.compile(rf"(to_|w_?|attn_|self_)?{word}(_?(proj|lin|linear))?")
+    for letter, word in {"q": "q(uery)?", "k": "k(ey)?", "v": "v(alue)?"}.items()
+}
+_FUSED = re.compile(r"(to_|w_?|c_|in_|attn_)?(qkv|attn|query_key_value)(_?(proj|lin|linear))?|W_?pack")
+
+
+class BlocksError(ValueError):
+    """The blocks of a model are not to be found, or there is more than one list that could be meant."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The list of a model's repeated blocks.
+
+    Attributes:
+        path: Dotted path of the list in the module that was searched, ``""`` for that module itself.
+        container: The ``nn.ModuleList`` or ``nn.Sequential``.
+        modules: The blocks, in order.
+        shared: Paths of parameters that more than one block uses, as ALBERT does. Empty where each has its own.
+    """
+
+    path: str
+    container: nn.Module
+    modules: list[nn.Module]
+    shared: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self.modules)
+
+    def __getitem__(self, index: int) -> nn.Module:
+        return self.modules[index]
+
+    def path_of(self, index: int) -> str:
+        """Dotted path of one block."""
+        name = list(self.container._modules)[index]
+        return f"{self.path}.{name}" if self.path else name
+
+    @property
+    def alike(self) -> bool:
+        """All blocks have one class and the same parameter names, shapes and dtypes."""
+        return len({_kind(block) for block in self.modules}) == 1
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention module.
+
+    Attributes:
+        path: Dotted path in the module that was searched, ``""`` for that module itself.
+        module: The module.
+        kind: ``"torch"``: ``nn.MultiheadAttention``. ``"fused"``: one projection gives queries, keys and values.
+            ``"separate"``: one projection each. ``"named"``: only its class name says so.
+    """
+
+    path: str
+    module: nn.Module
+    kind: Literal["torch", "fused", "separate", "named"]
+
+
+def find_blocks(module: nn.Module, path: str | None = None) -> Blocks:
+    """Find the repeated blocks of a Transformer.
+
+    Looked for is the longest list of modules with one class and the same parameter shapes. Lists whose modules hold
+    attention go before all others, so that the experts inside each block are not taken for the blocks.
+
+    Args:
+        module: A model, a LightningModule, or anything that holds one.
+        path: Dotted path of the list, or of the part of the model to look in. It is needed where several lists
+            could be meant, as with an encoder and a decoder. A list given by path need not hold like modules.
+
+    Raises:
+        BlocksError: no such path, no such list, or several. The message names what was found.
+    """
+    if path is not None:
+        module = _at(module, path)
+        # A Sequential of several classes is a whole model or a part of one: look inside.
+        if isinstance(module, nn.ModuleList) or (_is_list(module) and len({type(block) for block in module}) == 1):
+            return _blocks(path, module)
+    prefix = f"{path}." if path else ""
+    lists = [
+        (prefix + name if name else path or "", found) for name, found in module.named_modules() if _is_list(found)
+    ]
+    candidates = [(name, found) for name, found in lists if len(found) > 1 and _kinds(found) == 1 and _weights(found)]
+    where = f"{type(module).__name__}{f' at {path!r}' if path else ''}"
+    chosen = _preferred(candidates)
+    if not chosen:
+        raise BlocksError(f"{where} holds no list of two or more like blocks. {_found(lists)}")
+    longest = max(chosen, key=lambda item: len(item[1]))
+    rivals = [
+        item for item in chosen if len(item[1]) == len(longest[1]) or _kind(item[1][0])[0] is _kind(longest[1][0])[0]
+    ]
+    if len(rivals) > 1:
+        raise BlocksError(
+            f"{where} holds {len(rivals)} lists of blocks: {_list(rivals)}. "
+            f"Say which one is meant by its path, as blocks={longest[0]!r}."
+        )
+    return _blocks(*longest)
+
+
+def find_attention(module: nn.Module) -> list[Attention]:
+    """Find the attention modules of a block or a model, in the order of ``named_modules``.
+
+    A module counts as attention if it is ``nn.MultiheadAttention``, if children of its own are named as a query, a
+    key and a value projection, or one child as all three. Where neither holds, the word "attention" in the name of
+    the class decides, for the innermost such module with weights.
+
+    Returns:
+        All of them, self and cross attention alike: a block of a decoder has two. Empty where there is none.
+    """
+    return [Attention(path, found, kind) for path, found in module.named_modules() if (kind := _attention_kind(found))]
+
+
+def _attention_kind(module: nn.Module) -> Literal["torch", "fused", "separate", "named"] | None:
+    if isinstance(module, nn.MultiheadAttention):
+        return "torch"
+    projections = [name for name, child in module.named_children() if _is_projection(child)]
+    if all(any(pattern.fullmatch(name) for name in projections) for pattern in _NAMES.values()):
+        return "separate"
+    if any(_FUSED.fullmatch(name) and _widens(getattr(module, name)) for name in projections):
+        return "fused"
+    named = re.search("attention|attn", type(module).__name__, re.IGNORECASE)
+    if named and projections and not any(_attention_kind(child) for child in list(module.modules())[1:]):
+        return "named"
+    return None
+
+
+def _is_projection(module: nn.Module) -> bool:
+    """A linear map: ``nn.Linear``, Hugging Face's ``Conv1D``, a 1 by 1 convolution, a quantized or adapted one."""
+    weight = getattr(module, "weight", None)
+    return (
+        weight is not None
+        and (weight.ndim == 2 or isinstance(module, _ConvNd))
+        and not isinstance(module, nn.Embedding)
+    )
+
+
+def _widens(module: nn.Module) -> bool:
+    """Gives more features than it takes: queries, keys and values in one."""
+    one, other = module.weight.shape[:2]
+    return one != other
+
+
+def _at(module: nn.Module, path: str) -> nn.Module:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        lists = [(name, found) for name, found in module.named_modules() if _is_list(found)]
+        raise BlocksError(f"{type(module).__name__} has no module at {path!r}. {_found(lists)}") from None
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, (nn.ModuleList, nn.Sequential))
+
+
+def _kind(block: nn.Module) -> tuple[type[nn.Module], tuple[object, ...]]:
+    shapes = tuple((name, tuple(p.shape), p.dtype) for name, p in block.named_parameters(remove_duplicate=False))
+    return type(block), shapes
+
+
+def _kinds(container: nn.Module) -> int:
+    return len({_kind(block) for block in container})
+
+
+def _weights(container: nn.Module) -> bool:
+    return next(container.parameters(), None) is not None
+
+
+def _preferred(candidates: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """Lists whose modules hold attention, of nested ones the inner; else of composites, of nested ones the outer."""
+    with_attention = [item for item in candidates if any(attention.path for attention in find_attention(item[1][0]))]
+    if with_attention:
+        return [item for item in with_attention if not _around(item, with_attention)]
+    composite = [item for item in candidates if any(True for _ in item[1][0].children())] or candidates
+    return [item for item in composite if not any(_around(other, [item]) for other in composite)]
+
+
+def _around(item: tuple[str, nn.Module], others: list[tuple[str, nn.Module]]) -> bool:
+    """Whether one of the other lists lies inside this one."""
+    inside = {id(module) for module in item[1].modules()} - {id(item[1])}
+    return any(id(other) in inside for _, other in others)
+
+
+def _blocks(path: str, container: nn.Module) -> Blocks:
+    modules = list(container)
+    seen: set[int] = set()
+    shared = []
+    for name, block in zip(container._modules, modules, strict=True):
+        for parameter_name, parameter in block.named_parameters():
+            if id(parameter) in seen:
+                shared.append(".".join(part for part in (path, name, parameter_name) if part))
+        seen.update(id(parameter) for parameter in block.parameters())
+    return Blocks(path, container, modules, tuple(shared))
+
+
+def _list(lists: list[tuple[str, nn.Module]]) -> str:
+    return ", ".join(f"{path or 'itself'!r} ({_content(found)})" for path, found in lists)
+
+
+def _content(container: nn.Module) -> str:
+    classes = [(name, len(list(group))) for name, group in groupby(type(block).__name__ for block in container)]
+    text = ", ".join(f"{count} {name}" for name, count in classes) or "empty"
+    unlike = len({name for name, _ in classes}) == 1 and _kinds(container) > 1
+    return f"{text}, not of one shape" if unlike else text
+
+
+def _found(lists: list[tuple[str, nn.Module]]) -> str:
+    return f"Its lists are: {_list(lists)}." if lists else "It holds no nn.ModuleList and no nn.Sequential."

@@ -1,0 +1,208 @@
+"""The finder of blocks and attention, on every shape of model that people bring."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from eke.seams.blocks import BlocksError, find_attention, find_blocks
+from torch import nn
+
+
+class Attention(nn.Module):
+    """As timm names it."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.Identity()
+        self.proj = nn.Linear(width, width)
+
+
+class Block(nn.Module):
+    def __init__(self, width=8, experts=0):
+        super().__init__()
+        self.attn = Attention(width)
+        if experts:
+            self.experts = nn.ModuleList(
+                nn.Sequential(nn.Linear(width, 4), nn.Linear(4, width)) for _ in range(experts)
+            )
+
+
+class Vit(nn.Module):
+    def __init__(self, depth=3, width=8, experts=0):
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, width, 4)
+        self.blocks = nn.Sequential(*[Block(width, experts) for _ in range(depth)])
+        self.head = nn.Sequential(nn.Linear(width, width), nn.Linear(width, width))
+
+
+def layer(decoder=False, **kwargs):
+    kind = nn.TransformerDecoderLayer if decoder else nn.TransformerEncoderLayer
+    return kind(8, 2, 16, batch_first=True, **kwargs)
+
+
+def hugging_face(name):
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
+    if name == "gpt2":
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=3, n_head=2, vocab_size=16))
+    if name == "bert":
+        return transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=16, **small))
+    if name == "llama":
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=16, **small))
+    if name == "vit":
+        return transformers.ViTForImageClassification(transformers.ViTConfig(image_size=8, patch_size=4, **small))
+    if name == "albert":
+        return transformers.AlbertModel(transformers.AlbertConfig(vocab_size=16, embedding_size=8, **small))
+    if name == "t5":
+        return transformers.T5Model(
+            transformers.T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=16, num_layers=3, num_heads=2)
+        )
+    config = transformers.SwinConfig(
+        image_size=32, patch_size=4, embed_dim=8, depths=[2, 2], num_heads=[2, 2], window_size=4
+    )
+    return transformers.SwinModel(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "kind"),
+    [
+        ("gpt2", "transformer.h", "fused"),
+        ("bert", "bert.encoder.layer", "separate"),
+        ("llama", "model.layers", "separate"),
+        ("vit", "vit.layers", "separate"),
+    ],
+)
+def test_it_finds_the_blocks_and_the_attention_of_a_hugging_face_model(name, path, kind):
+    model = hugging_face(name)
+    blocks = find_blocks(model)
+    assert (blocks.path, len(blocks), blocks.shared) == (path, 3, ())
+    assert blocks.container is model.get_submodule(path)
+    assert [attention.kind for attention in find_attention(model)] == [kind] * 3
+    assert all(len(find_attention(block)) == 1 for block in blocks)
+
+
+def test_it_finds_those_of_the_torch_encoder_of_a_vit_and_of_a_wrapped_model():
+    class Wrapped(pl.LightningModule):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+    encoder = nn.TransformerEncoder(layer(), 3)
+    assert find_blocks(encoder).path == "layers"
+    assert find_blocks(Wrapped(encoder)).path == "net.layers"
+    assert find_blocks(Wrapped(Wrapped(Vit()))).path == "net.net.blocks"
+    assert find_blocks(torch.compile(Vit())).path == "_orig_mod.blocks"
+    assert [one.path for one in find_attention(encoder)] == [f"layers.{i}.self_attn" for i in range(3)]
+    assert {one.kind for one in find_attention(encoder)} == {"torch"}
+    assert [(one.path, one.kind) for one in find_attention(Block())] == [("attn", "fused")]
+
+
+def test_a_block_knows_its_path():
+    assert find_blocks(Vit()).path_of(1) == "blocks.1"
+    assert find_blocks(nn.Sequential(Block(), Block())).path_of(1) == "1"
+
+
+def test_the_experts_of_a_block_are_not_its_blocks_however_many():
+    assert find_blocks(Vit(depth=2, experts=5)).path == "blocks"
+
+
+def test_without_any_attention_the_outer_list_of_composites_counts():
+    mixer = nn.ModuleDict(
+        {
+            "taps": nn.ModuleList(nn.Linear(2, 2) for _ in range(9)),
+            "blocks": nn.ModuleList(
+                nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.ReLU()) for _ in range(7)) for _ in range(3)
+            ),
+        }
+    )
+    assert find_blocks(mixer).path == "blocks"
+
+
+def test_two_towers_are_not_two_blocks():
+    towers = nn.ModuleList([Vit(3), Vit(3)])
+    with pytest.raises(BlocksError, match=r"2 lists of blocks: '0.blocks' \(3 Block\), '1.blocks' \(3 Block\)"):
+        find_blocks(towers)
+    assert find_blocks(towers, "1").path == "1.blocks"
+
+
+def test_an_encoder_and_a_decoder_of_one_length_are_named_and_a_path_is_asked_for():
+    model = nn.Transformer(8, 2, 3, 3, 16)
+    with pytest.raises(BlocksError, match="Say which one is meant by its path, as blocks='encoder.layers'") as error:
+        find_blocks(model)
+    assert "'encoder.layers' (3 TransformerEncoderLayer), 'decoder.layers' (3 TransformerDecoderLayer)" in str(
+        error.value
+    )
+    assert find_blocks(model, "decoder.layers").path == "decoder.layers"
+    assert find_blocks(model, "decoder").path == "decoder.layers"
+    assert [one.path for one in find_attention(find_blocks(model, "decoder")[0])] == ["self_attn", "multihead_attn"]
+
+
+def test_of_two_kinds_of_block_the_longer_list_wins():
+    assert find_blocks(nn.Transformer(8, 2, 4, 3, 16)).path == "encoder.layers"
+
+
+def test_stages_of_one_class_are_ambiguous_even_with_different_lengths():
+    with pytest.raises(BlocksError, match=r"encoder.layers.0.blocks' \(2 SwinLayer\), 'encoder.layers.1.blocks'"):
+        find_blocks(hugging_face("swin"))
+    stages = nn.ModuleDict(
+        {"one": nn.ModuleList([Block(8)] + [Block(8)]), "two": nn.ModuleList([Block(4) for _ in "abc"])}
+    )
+    with pytest.raises(BlocksError, match=r"'one' \(2 Block\), 'two' \(3 Block\)"):
+        find_blocks(stages)
+
+
+def test_lists_that_are_no_blocks_are_described():
+    with pytest.raises(BlocksError, match="Linear holds no list of two or more like blocks. It holds no nn.ModuleList"):
+        find_blocks(nn.Linear(2, 2))
+    with pytest.raises(BlocksError, match=r"Its lists are: 'itself' \(2 Block, not of one shape\)"):
+        find_blocks(nn.ModuleList([Block(8), Block(4)]))
+    with pytest.raises(BlocksError, match=r"'encoder.albert_layer_groups' \(1 AlbertLayerGroup\)"):
+        find_blocks(hugging_face("albert"))
+    with pytest.raises(BlocksError, match=r"'encoder.block' \(3 T5Block, not of one shape\)"):
+        find_blocks(hugging_face("t5"))
+
+
+def test_a_path_that_does_not_exist_is_answered_with_those_that_do():
+    with pytest.raises(BlocksError, match=r"Vit has no module at 'block'. Its lists are: 'blocks' \(3 Block\)"):
+        find_blocks(Vit(), "block")
+
+
+def test_a_list_given_by_path_may_hold_unlike_blocks():
+    unlike = nn.ModuleDict({"blocks": nn.ModuleList([Block(8), Block(4)]), "other": nn.ModuleList([Block(), Block()])})
+    assert find_blocks(unlike).path == "other"
+    assert find_blocks(unlike, "other").alike
+    assert not find_blocks(unlike, "blocks").alike
+    t5 = hugging_face("t5")
+    assert len(find_blocks(t5, "encoder.block")) == 3
+
+
+def test_blocks_that_share_parameters_say_which():
+    block = Block()
+    assert find_blocks(nn.ModuleList([block] * 3)).shared[0] == "1.attn.qkv.weight"
+    one, other = Block(), Block()
+    other.attn.proj.weight = one.attn.proj.weight
+    assert find_blocks(nn.ModuleList([one, other])).shared == ("1.attn.proj.weight",)
+
+
+def test_attention_is_found_by_its_parts_or_else_by_its_name():
+    class Anything(nn.Module):
+        def __init__(self, **children):
+            super().__init__()
+            for name, child in children.items():
+                setattr(self, name, child)
+
+    class RetentionAttention(Anything): ...
+
+    def linear():
+        return nn.Linear(4, 4)
+
+    assert find_attention(Anything(to_q=linear(), to_k=linear(), to_v=linear()))[0].kind == "separate"
+    assert find_attention(Anything(wq=linear(), wk=linear(), wv=linear(), wo=linear()))[0].kind == "separate"
+    assert find_attention(Anything(q_lin=linear(), k_lin=linear(), v_lin=linear()))[0].kind == "separate"
+    assert find_attention(Anything(c_attn=nn.Linear(4, 6), c_proj=linear()))[0].kind == "fused"
+    assert find_attention(Anything(attn=linear())) == []
+    assert find_attention(Anything(q=linear(), k=linear())) == []
+    assert find_attention(RetentionAttention(mix=linear()))[0].kind == "named"
+    inner = RetentionAttention(out=linear(), inner=Anything(q_proj=linear(), k_proj=linear(), v_proj=linear()))
+    assert [one.path for one in find_attention(inner)] == ["inner"]
+    assert find_attention(nn.Linear(2, 2)) == []
