@@ -1,0 +1,57 @@
+"""Every private Lightning or torch name that Eke relies on, in one place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.optimizer import _configure_optimizers
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.optim import Optimizer
+
+__all__ = [
+    "MemTracker",
+    "batch_hook_owner",
+    "batches_done",
+    "batches_in_epoch",
+    "epoch_of_next_batch",
+    "parse_optimizers",
+]
+
+
+def parse_optimizers(returned: Any) -> tuple[list[Optimizer], list[Any]]:
+    """Optimizers and schedulers in whatever form ``configure_optimizers`` returned them."""
+    optimizers, schedulers, _ = _configure_optimizers(returned)
+    return list(optimizers), [item["scheduler"] if isinstance(item, dict) else item for item in schedulers]
+
+
+def batches_done(trainer: Trainer) -> int:
+    """Batches of the running epoch that have been trained on; 0 once the epoch's last batch is through."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    return 0 if progress.is_last_batch else progress.current.processed
+
+
+def epoch_of_next_batch(trainer: Trainer) -> int:
+    """The epoch that the next batch belongs to."""
+    epoch = trainer.fit_loop.epoch_progress.current
+    counted = epoch.processed == epoch.ready
+    if batches_done(trainer) > 0:
+        return epoch.processed - int(counted)  # max_steps ends a run in mid-epoch, and Lightning counts that epoch
+    # A checkpoint written right after an epoch's last batch comes before the epoch is counted.
+    return epoch.processed + int(trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and not counted)
+
+
+def batches_in_epoch(trainer: Trainer) -> int | float:
+    """Length of this epoch in batches; infinite where the data has no length."""
+    return trainer.num_training_batches
+
+
+def batch_hook_owner(trainer: Trainer, pl_module: LightningModule) -> object:
+    """Whose ``on_after_batch_transfer`` Lightning calls: the DataModule's where it overrides it, else the module's."""
+    from lightning.pytorch import LightningDataModule
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+
+    datamodule = getattr(trainer, "datamodule", None)
+    if datamodule is not None and is_overridden("on_after_batch_transfer", datamodule, LightningDataModule):
+        return datamodule
+    return pl_module

@@ -1,0 +1,256 @@
+"""Which samples a run sees, in which order, and where it goes on after a resume.
+
+The tricks it hides: ``DataLoader`` forbids setting its sampler, but ``loader.batch_sampler.sampler`` may be set;
+Lightning restarts a plain loader's epoch on a mid-epoch resume, and with workers it replays the first epoch's order;
+and it hands loader state back only in mid-epoch. A resumable loader remembers the random state with which its
+iterator was made, makes it again from there and drops what had been seen.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader, Sampler
+
+from eke import compat
+from eke.seams.state import rng_state, set_rng_state
+
+
+class Position:
+    """Where the training data of a run stands: the random state behind each loader's order, and the batches used."""
+
+    def __init__(self) -> None:
+        self.places: list[_Place] = []
+        self.pending: dict[str, Any] | None = None  # from a checkpoint, until the loaders have taken it up
+
+    def attach(self, loader: Any) -> None:
+        """Make a train loader resumable. One that keeps its own state, or is no ``DataLoader``, is left alone."""
+        if not isinstance(loader, DataLoader) or (hasattr(loader, "state_dict") and not isinstance(loader, _Resumable)):
+            return
+        plain = loader.plain if isinstance(loader, _Resumable) else type(loader)
+        if plain not in _classes:
+            _classes[plain] = type(f"Resumable{plain.__name__}", (_Resumable, plain), {"plain": plain})
+        known = [place for place in self.places if place.loader is loader]  # a loader may be asked for again
+        place = known[0] if known else _Place(loader, self)
+        if not known:
+            self.places.append(place)
+        loader.__class__ = _classes[plain]
+        loader.eke_place = place
+
+    def detach(self) -> None:
+        """Give each loader its own class back. Where it stood is kept, for a checkpoint written after the run."""
+        for place in self.places:
+            if isinstance(place.loader, _Resumable):
+                place.loader.__class__ = place.loader.plain
+                del place.loader.eke_place
+
+    def state_dict(self, trainer: Trainer) -> dict[str, Any]:
+        used = compat.batches_done(trainer)
+        return {
+            "epoch": compat.epoch_of_next_batch(trainer),
+            "loaders": [
+                {
+                    # One loader may have been read ahead of the batch in work; several cannot be.
+                    "used": used if used == 0 or len(self.places) == 1 else place.yielded,
+                    "begun": place.begun if used else None,
+                    "generators": _generator_states(place.loader),
+                }
+                for place in self.places
+            ],
+            "rng": rng_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        self.pending = state
+
+    def start(self) -> None:
+        """Called when training starts: without a loader of ours, the random state is put back here."""
+        if self.pending is not None and not self.places:
+            set_rng_state(self.pending["rng"])
+
+    def forget(self) -> None:
+        """Called with each batch. Only now is a checkpoint's place used up: under ``max_steps`` Lightning runs an
+        empty epoch after a resume at an epoch's end, and makes the iterators a second time after it."""
+        self.pending = None
+
+
+class _Place:
+    """Where one loader stands."""
+
+    def __init__(self, loader: DataLoader, position: Position) -> None:
+        self.loader = loader
+        self.position = position
+        self.begun: dict[str, Any] | None = None  # random state with which the running iterator was made
+        self.yielded = 0
+
+    def saved(self) -> dict[str, Any] | None:
+        """This loader's part of a checkpoint that waits to be taken up."""
+        pending = self.position.pending
+        if pending is None:
+            return None
+        number = self.position.places.index(self)
+        loaders = pending["loaders"]
+        return loaders[number] if number < len(loaders) else {"used": 0, "begun": None, "generators": []}
+
+
+class _Resumable(DataLoader):  # a DataLoader itself, or an instance could not change to it: layouts would differ
+    """Mixed into the class of a user's loader, on that one instance."""
+
+    def __iter__(self) -> Iterator[Any]:
+        saved = self.eke_place.saved()
+        if saved is None:
+            return self._begin()
+        pending = self.eke_place.position.pending
+        for sampler in (self.sampler, getattr(self.batch_sampler, "sampler", None)):
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(pending["epoch"])  # Lightning does so only after the iterator exists
+        if pending["epoch"] > 0 and self.num_workers > 0 and self.persistent_workers:
+            super().__iter__()  # such workers are started once: their first seed was drawn in an earlier epoch
+        if saved["begun"] is None:
+            _set_random(self, pending["rng"], saved["generators"])
+            return self._begin()
+        _set_random(self, saved["begun"]["rng"], saved["begun"]["generators"])
+        iterator = self._begin()
+        for _ in range(saved["used"]):
+            next(iterator)
+        _set_random(self, pending["rng"], saved["generators"])
+        return iterator
+
+    def _begin(self) -> Iterator[Any]:
+        place = self.eke_place
+        place.begun = {"rng": rng_state(), "generators": _generator_states(self)}
+        place.yielded = 0
+        return _count(super().__iter__(), place)
+
+    # Lightning asks for these two before it believes that a loader can be resumed in mid-epoch. The state itself
+    # lies with Eke's own, because Lightning does not hand it back at an epoch's end.
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+_classes: dict[type[DataLoader], type[DataLoader]] = {}
+
+
+def _count(iterator: Iterator[Any], place: _Place) -> Iterator[Any]:
+    for batch in iterator:
+        place.yielded += 1
+        yield batch
+
+
+def _generators(loader: DataLoader) -> list[torch.Generator]:
+    """Generators of the user's own that the loader draws from, each once."""
+    owners = (loader, loader.sampler, getattr(loader.batch_sampler, "sampler", None))
+    found = [getattr(owner, "generator", None) for owner in owners]
+    return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
+
+
+def _generator_states(loader: DataLoader) -> list[torch.Tensor]:
+    return [generator.get_state() for generator in _generators(loader)]
+
+
+def _set_random(loader: DataLoader, state: dict[str, Any], generators: Sequence[torch.Tensor]) -> None:
+    set_rng_state(state)
+    for generator, own in zip(_generators(loader), generators, strict=False):
+        generator.set_state(own)
+
+
+class PolicySampler(Sampler[int]):
+    """Samples chosen by a rule, the same on all processes, dealt out among them.
+
+    Args:
+        policy: ``policy(epoch, generator)`` returns the epoch's sample indices in order. ``generator`` is seeded by
+            ``seed`` and the epoch alone, so that every process and every resumed run draws the same.
+        seed: Seed of the rule.
+        rank, world_size: This process, and how many there are. Indices are repeated from the front until they
+            divide evenly, as torch's ``DistributedSampler`` does.
+    """
+
+    def __init__(
+        self,
+        policy: Callable[[int, torch.Generator], Sequence[int]],
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.policy = policy
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch  # Lightning calls this before each epoch's iterator
+
+    def indices(self) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        chosen = [int(index) for index in self.policy(self.epoch, generator)]
+        missing = -len(chosen) % self.world_size
+        return (chosen + chosen[:missing])[self.rank :: self.world_size]
+
+    def __len__(self) -> int:
+        return len(self.indices())
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices())
+
+
+def use_policy(
+    trainer: Trainer, loader: DataLoader, policy: Callable[[int, torch.Generator], Sequence[int]], seed: int = 0
+) -> DataLoader:
+    """Let a rule choose the samples of a train loader. Call it from ``alter_loader``.
+
+    Raises:
+        ValueError: the loader has no batch sampler with a sampler, as with iterable datasets.
+    """
+    if getattr(loader.batch_sampler, "sampler", None) is None:
+        raise ValueError(
+            f"{type(loader).__name__} over {type(loader.dataset).__name__} has no sampler that could be replaced: "
+            "choosing samples needs a map-style dataset with an ordinary batch sampler."
+        )
+    shards = trainer.strategy.distributed_sampler_kwargs if trainer.world_size > 1 else None
+    rank, world_size = (shards["rank"], shards["num_replicas"]) if shards else (0, 1)
+    # DataLoader forbids setting its samplers; the inner one may be set and needs no new loader.
+    loader.batch_sampler.sampler = PolicySampler(policy, seed, rank, world_size)
+    return loader
+
+
+class IndexTap:
+    """Remembers which samples went into each batch, with any number of workers. Put it on in ``alter_loader``.
+
+    ``next_indices`` gives the indices of the batch at hand, in the order of the batches; call it once a batch.
+    """
+
+    def __init__(self, loader: DataLoader) -> None:
+        if loader.batch_sampler is None:
+            raise ValueError("The loader has no batch sampler, so its samples have no indices.")
+        self._batches: deque[list[int]] = deque()
+        self._sampler = loader.batch_sampler
+        self._class = type(loader.batch_sampler)
+        tap = self
+
+        class Tapped(self._class):
+            def __iter__(self) -> Iterator[list[int]]:
+                tap._batches.clear()  # a new iterator: what was read ahead of the old one is void
+                for batch in super().__iter__():
+                    tap._batches.append(list(batch))
+                    yield batch
+
+        loader.batch_sampler.__class__ = Tapped
+
+    def next_indices(self) -> list[int]:
+        return self._batches.popleft()
+
+    def skip(self, batches: int) -> None:
+        """Forget the batches that a resume has passed over."""
+        for _ in range(batches):
+            self._batches.popleft()
+
+    def remove(self) -> None:
+        self._sampler.__class__ = self._class

@@ -1,0 +1,94 @@
+"""What Eke keeps in a checkpoint, under one key, and the random state.
+
+The tricks it hides: ``Callback.on_save_checkpoint`` is not called for weights-only checkpoints, the
+``LightningModule``'s is; callback state comes back after the weights are loaded, too late for a technique that has to
+rebuild the module tree; the default load takes tensors and plain Python values only; and Lightning keeps no
+random state at all, so that dropout alone makes a resumed run end elsewhere.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from eke import compat
+
+KEY = "eke"
+VERSION = 1
+
+
+def rng_state() -> dict[str, Any]:
+    """Python's, NumPy's, torch's and CUDA's random state of this process, as tensors and plain values."""
+    import numpy
+
+    name, keys, position, has_gauss, gauss = numpy.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype("int64")), int(position), int(has_gauss), float(gauss)),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put back what :func:`rng_state` gave."""
+    import numpy
+
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = state["numpy"]
+    numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
+
+
+def gather(trainer: Trainer, own: Any) -> list[Any]:
+    """One object from each process, in rank order, on every process. Every process has to call it."""
+    if trainer.world_size == 1 or not torch.distributed.is_initialized():
+        return [own]
+    everyone: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(everyone, own)
+    return everyone
+
+
+def held_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Gradients of an accumulation window that is not through yet, by parameter name; empty at a window's end.
+
+    Lightning does not save them, and resumes in the middle of a window with half the gradient.
+    """
+    used = compat.batches_done(trainer)
+    if used % trainer.accumulate_grad_batches == 0:
+        return {}
+    module = trainer.strategy.lightning_module
+    return {name: one.grad.clone() for name, one in module.named_parameters() if one.grad is not None}
+
+
+def set_gradients(pl_module: LightningModule, gradients: dict[str, torch.Tensor]) -> None:
+    """Put back what :func:`held_gradients` gave."""
+    for name, parameter in pl_module.named_parameters():
+        if name in gradients:
+            parameter.grad = gradients[name].to(parameter.device)
+
+
+def check_plain(value: Any, where: str) -> None:
+    """Refuse state that torch's safe load would not read back.
+
+    Raises:
+        TypeError: something else than tensors, numbers, strings, booleans, None, and lists, tuples and dicts of them.
+    """
+    if isinstance(value, dict):
+        for key, item in value.items():
+            check_plain(key, where)
+            check_plain(item, f"{where}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            check_plain(item, f"{where}[{i}]")
+    elif not (value is None or type(value) in (bool, int, float, str, bytes) or isinstance(value, torch.Tensor)):
+        raise TypeError(
+            f"{where} is a {type(value).__name__}, which a checkpoint's safe load refuses. "
+            "Keep tensors, numbers, strings, and lists, tuples and dicts of them."
+        )
