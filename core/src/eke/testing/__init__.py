@@ -1,0 +1,43 @@
+"""The contract kit: what every technique promises, as tests that anyone's technique inherits.
+
+Three lines in a test file run all of it::
+
+    from eke.testing import TechniqueContract
+
+    class TestContract(TechniqueContract):
+        def build(self):
+            return MyTechnique()
+
+Names are loaded on first use, because pytest imports this package (for ``--certify``) in every run.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from eke.testing.compare import assert_same, differences
+    from eke.testing.contract import CallbackContract, TechniqueContract
+    from eke.testing.data import BATCH, LENGTH, Images, Loader, Tokens
+    from eke.testing.models import LAYERS, SHAPES, WIDTH, TinyBlocks, TinyGPT2, TinyTransformer, TinyViT, hugging_face
+    from eke.testing.ranks import RankError, run_alone, run_ranks
+    from eke.testing.run import Run, fit, resume
+
+_HOME = {
+    "compare": ["assert_same", "differences"],
+    "contract": ["CallbackContract", "TechniqueContract"],
+    "data": ["BATCH", "LENGTH", "Images", "Loader", "Tokens"],
+    "models": ["LAYERS", "SHAPES", "WIDTH", "TinyBlocks", "TinyGPT2", "TinyTransformer", "TinyViT", "hugging_face"],
+    "ranks": ["RankError", "run_alone", "run_ranks"],
+    "run": ["Run", "fit", "resume"],
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        return getattr(import_module(f"eke.testing.{_MODULE_OF[name]}"), name)
+    raise AttributeError(f"module 'eke.testing' has no attribute {name!r}")

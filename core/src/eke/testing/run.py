@@ -1,0 +1,279 @@
+"""Trains a tiny model with techniques, takes down every step, and can end the process in mid-run."""
+
+from __future__ import annotations
+
+import logging
+import random
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+
+from eke import registry
+from eke.testing.compare import checksum, copied, random_state
+from eke.testing.data import BATCH, Loader
+from eke.testing.models import STEPS, tensors
+from eke.testing.ranks import die, run_alone
+
+EPOCHS = 3
+
+
+@dataclass
+class Run:
+    """A finished run.
+
+    Args:
+        trainer: The Trainer, after ``fit``.
+        model: The model, after ``fit``.
+        state: Everything that is training state, as plain data: ``weights`` after the run, ``optimizers``,
+            ``steps`` (per batch: learning rates, loss, batch, frozen weights, random state, gradient norm),
+            ``random`` and ``saved``, which is what a checkpoint at the end of training holds.
+    """
+
+    trainer: Trainer
+    model: LightningModule
+    state: dict[str, Any]
+
+
+def fit(
+    model: LightningModule,
+    *techniques: object,
+    epochs: int = EPOCHS,
+    steps: int = STEPS,
+    batch: int = BATCH,
+    workers: int = 0,
+    seed: int = 0,
+    world: int = 1,
+    ckpt: str | Path | None = None,
+    validate: bool = False,
+    callbacks: Sequence[Callback] = (),
+    **options: Any,
+) -> Run:
+    """Train ``model`` with ``techniques``; the same call gives the same bits.
+
+    Args:
+        model: One of the kit's models; :func:`torch.compile` may be around it.
+        techniques: Callbacks, plugins and at most one strategy; each goes to the Trainer argument it belongs to.
+        epochs: Epochs to train.
+        steps: Batches in an epoch, per process.
+        batch: Samples in a batch, per process.
+        workers: Loader workers.
+        seed: Of the global random states, set before the run.
+        world: Number of processes; above 1 to be called under :func:`eke.testing.run_ranks`.
+        ckpt: Checkpoint to resume from.
+        validate: Whether to validate after each epoch.
+        callbacks: Further callbacks, after the techniques.
+        options: Passed on to the Trainer.
+    """
+    recorder = Recorder()
+    trainer = make_trainer(*techniques, epochs=epochs, world=world, validate=validate,
+                           callbacks=[*callbacks, recorder], **options)  # fmt: skip
+    dataset = getattr(model, "_orig_mod", model).dataset(steps * batch * world)
+    loader = Loader(dataset, batch, workers, trainer.global_rank, world)
+    seed_everything(seed)
+    with quiet():
+        trainer.fit(model, loader, ckpt_path=ckpt)
+    return Run(trainer, trainer.lightning_module, recorder.state(trainer))
+
+
+def make_trainer(
+    *techniques: object,
+    epochs: int = EPOCHS,
+    world: int = 1,
+    validate: bool = False,
+    callbacks: Sequence[Callback] = (),
+    **options: Any,
+) -> Trainer:
+    """Build a silent Trainer on the CPU, with each technique under the argument it belongs to."""
+    given: dict[str, Any] = {"callbacks": [], "plugins": []}
+    for technique in techniques:
+        argument = registry.trainer_argument(technique)
+        if argument == "strategy":
+            given["strategy"] = technique
+        else:
+            given[argument].append(technique)
+    given["callbacks"] += callbacks
+    defaults = {
+        "max_epochs": epochs,
+        "accelerator": "cpu",
+        "devices": world,
+        "logger": False,
+        "log_every_n_steps": 1,
+        "num_sanity_val_steps": 0,
+        "limit_val_batches": None if validate else 0,
+        "use_distributed_sampler": False,  # the kit's loader takes its rank's share itself
+        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in given["callbacks"]),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": tempfile.gettempdir(),
+    }
+    if world > 1 and "strategy" not in given:
+        defaults["strategy"] = "ddp"
+    with quiet():
+        return Trainer(**{**defaults, **given, **options})
+
+
+def resume(
+    model: Callable[..., LightningModule],
+    build: Callable[[], object],
+    *,
+    after_epochs: int = 0,
+    after_steps: int = 0,
+    **options: Any,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Train once through; train again, die, and go on in another process. Return both states.
+
+    The process that goes on has a model with other initial weights, a new technique object and another global
+    seed, so all that is equal came through the checkpoint.
+
+    Args:
+        model: Builds the model; called with ``seed``.
+        build: Builds the technique.
+        after_epochs: Die once the checkpoint at the end of this many epochs is written, or
+        after_steps: once the checkpoint after this many optimizer steps is written.
+        options: For :func:`fit`.
+    """
+    unbroken = run_alone(lambda: fit(model(seed=0), build(), **options).state)
+    with tempfile.TemporaryDirectory() as folder:
+        ckpt = interrupt(folder, model, build, after_epochs=after_epochs, after_steps=after_steps, **options)
+        resumed = run_alone(lambda: fit(model(seed=1), build(), seed=1, ckpt=ckpt, **options).state)
+    return unbroken, resumed
+
+
+def interrupt(
+    folder: str,
+    model: Callable[..., LightningModule],
+    build: Callable[[], object],
+    *,
+    after_epochs: int = 0,
+    after_steps: int = 0,
+    **options: Any,
+) -> Path:
+    """Train in a process of its own that dies once a checkpoint is written; return the checkpoint's path."""
+    if after_epochs:
+        save = ModelCheckpoint(folder, "cut", every_n_epochs=after_epochs, save_on_train_epoch_end=True)
+    else:
+        save = ModelCheckpoint(folder, "cut", every_n_train_steps=after_steps)
+    ckpt = Path(folder, "cut.ckpt")
+    callbacks = [*options.pop("callbacks", ()), save, PowerCut(ckpt)]
+    end = run_alone(lambda: fit(model(seed=0), build(), callbacks=callbacks, **options).state)
+    if end is not None or not ckpt.exists():
+        raise AssertionError(f"the run ended before its checkpoint at {after_epochs=}, {after_steps=} was written.")
+    return ckpt
+
+
+class PowerCut(Callback):
+    """Ends the process before the first batch after a file has appeared."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        if self.file.exists():
+            die()
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self.file.exists():
+            die()
+
+
+class Recorder(Callback):
+    """Takes down each step of a run and, at its end, all that is training state."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, dict[str, Any]] = {}
+        self.now: dict[str, Any] = {}
+        self.weights: dict[str, Any] = {}
+        self.end: dict[str, Any] = {}
+
+    def on_train_batch_start(self, trainer: Trainer, model: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.now = {
+            "batch": checksum(batch),
+            "frozen": sorted(name for name, weight in model.named_parameters() if not weight.requires_grad),
+            "random state": random_state(),
+        }
+        self.steps[f"epoch {trainer.current_epoch} batch {batch_idx}"] = self.now
+
+    def on_before_optimizer_step(self, trainer: Trainer, model: LightningModule, optimizer: Any) -> None:
+        self.now["learning rate"] = [group["lr"] for one in trainer.optimizers for group in one.param_groups]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, model: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        self.now["loss"] = None if loss is None else float(loss)
+        gradients = [weight.grad.detach().norm() for weight in model.parameters() if weight.grad is not None]
+        self.now["gradient norm"] = float(torch.stack(gradients).norm()) if gradients else None
+        self.weights = {name: tensor.detach().clone() for name, tensor in tensors(model)}
+
+    def on_train_end(self, trainer: Trainer, model: LightningModule) -> None:
+        self.end = {
+            "optimizers": [copied(optimizer.state_dict()) for optimizer in trainer.optimizers],
+            "optimizer classes": [type(optimizer).__qualname__ for optimizer in trainer.optimizers],
+            "random": random_state(),
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "end.ckpt")
+            trainer.save_checkpoint(path)
+            if path.exists():  # only the first rank writes
+                self.end["saved"] = _training_state(torch.load(path, weights_only=False))
+
+    def state(self, trainer: Trainer) -> dict[str, Any]:
+        weights = {name: tensor.detach().clone() for name, tensor in tensors(trainer.lightning_module)}
+        return {"steps": self.steps, "weights": weights, **self.end}
+
+
+def _training_state(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Leave out of a checkpoint what differs between two equal runs: counters of loops, arguments, paths."""
+    other = (
+        "loops",
+        "hparams_name",
+        "hyper_parameters",
+        "hparams_type",
+        "optimizer_states",
+        "pytorch-lightning_version",
+    )
+    kept = {key: value for key, value in checkpoint.items() if key not in other}
+    kept["callbacks"] = {
+        key: value for key, value in checkpoint.get("callbacks", {}).items() if not key.startswith("ModelCheckpoint")
+    }
+    return kept
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch, random and numpy. Lightning's own function would leave a trace in the environment."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    try:
+        import numpy
+    except ImportError:
+        return
+    numpy.random.seed(seed)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Lightning from printing what a person at a terminal wants to know."""
+    loggers = [logging.getLogger("lightning.pytorch.utilities.rank_zero"), logging.getLogger("lightning.pytorch")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PossibleUserWarning)
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+        warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")
+        warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels):
+                logger.setLevel(level)
