@@ -10,9 +10,7 @@ from eke.spec import RESOURCES, VERBS, ConflictError, Technique
 def conflicts(techniques: Iterable[Technique]) -> list[str]:
     """Name every pair that cannot be in one run, a sentence each; empty where all can."""
     chosen = sorted(techniques, key=lambda technique: technique.name)
-    return [
-        reason for i, first in enumerate(chosen) for second in chosen[i + 1 :] for reason in _pair(first, second)
-    ]
+    return [reason for i, first in enumerate(chosen) for second in chosen[i + 1 :] for reason in _pair(first, second)]
 
 
 def order(techniques: Iterable[Technique]) -> list[Technique]:
@@ -52,6 +50,10 @@ def _pair(first: Technique, second: Technique) -> list[str]:
         f"{first.name!r} and {second.name!r} both replace the {resource}. Leave one of them out."
         for resource in sorted(first.touches("replaces") & second.touches("replaces"))
     ]
+    if first.kind == second.kind == "strategy":
+        found.append(
+            f"{first.name!r} and {second.name!r} both give a strategy, and a Trainer takes one. Leave one out."
+        )
     for one, other in ((first, second), (second, first)):
         if reason := one.conflicts.get(other.name):
             found.append(f"{one.name!r} cannot run together with {other.name!r}: {reason}")
@@ -65,9 +67,7 @@ def _precedes(first: Technique, second: Technique) -> bool:
     if second.name in first.after:
         return False
     return any(
-        first.touches(earlier) & second.touches(later)
-        for i, earlier in enumerate(VERBS)
-        for later in VERBS[i + 1 :]
+        first.touches(earlier) & second.touches(later) for i, earlier in enumerate(VERBS) for later in VERBS[i + 1 :]
     )
 
 

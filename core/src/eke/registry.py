@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint, entry_points
+import inspect
+from importlib.metadata import Distribution, EntryPoint, distributions
 from typing import Any
 
 import pluggy
@@ -19,17 +20,26 @@ _manager.add_hookspecs(spec)
 def installed() -> dict[str, list[EntryPoint]]:
     """Map each installed technique's name to the entry points that claim it. Imports no plugin."""
     found: dict[str, list[EntryPoint]] = {}
-    for entry in entry_points(group=GROUP):
-        claims = found.setdefault(entry.name, [])
-        # An editable install beside a stale copy lists one distribution twice: that is no rival.
-        if all(entry.dist.name != other.dist.name for other in claims):
-            claims.append(entry)
+    for distribution in distributions():  # not entry_points(): one unreadable distribution would stop them all
+        for entry in _entries(distribution):
+            claims = found.setdefault(entry.name, [])
+            # An editable install beside a stale copy lists one distribution twice: that is no rival.
+            if all(_normalized(entry) != _normalized(other) for other in claims):
+                claims.append(entry)
     return dict(sorted(found.items()))
 
 
 def available() -> dict[str, EntryPoint]:
     """Map each technique that exactly one distribution provides to its entry point. Imports no plugin."""
     return {name: claims[0] for name, claims in installed().items() if len(claims) == 1}
+
+
+def field(entry: EntryPoint, name: str) -> str:
+    """Read one field of the metadata of the distribution that an entry point belongs to; empty where it has none."""
+    try:
+        return entry.dist.metadata.get(name) or ""
+    except (OSError, TypeError, ValueError):  # no metadata file, or one that cannot be decoded
+        return ""
 
 
 def get(name: str) -> Technique:
@@ -96,13 +106,14 @@ def trainer_argument(built: object) -> str:
 
 def check_arguments(technique: Technique, arguments: dict[str, Any]) -> None:
     """Refuse an argument that the technique's factory does not have, and name those it has."""
-    import inspect
-
-    factory = technique.resolve()
     try:
-        inspect.signature(factory).bind(**arguments)
+        signature = inspect.signature(technique.resolve())
+    except ValueError:
+        return  # a factory written in C may have none
+    try:
+        signature.bind(**arguments)
     except TypeError as error:
-        takes = ", ".join(str(parameter) for parameter in inspect.signature(factory).parameters.values())
+        takes = ", ".join(_without_annotation(parameter) for parameter in signature.parameters.values())
         raise EkeError(f"{technique.name}: {error}. It takes: {takes or 'no arguments'}.") from None
 
 
@@ -114,16 +125,16 @@ def _load(name: str) -> None:
             f"Perhaps: pip install eke-{name.replace('_', '-')}"
         )
     if len(claims) > 1:
-        rivals = " and ".join(sorted(entry.dist.name for entry in claims))
+        rivals = " and ".join(sorted(_distribution(entry) for entry in claims))
         raise EkeError(f"two distributions provide the technique {name!r}: {rivals}. Uninstall one of them.")
     (entry,) = claims
-    where = f"{entry.dist.name} {entry.dist.version}"
+    where = f"{_distribution(entry)} {field(entry, 'Version')}".strip()
     try:
         _manager.register(entry.load(), name=name)
         _manager.check_pending()  # a hook under a misspelt name would otherwise go unseen
         records = _manager.subset_hook_caller("eke_technique", _all_but(name))()
-        if len(records) != 1 or records[0].name != name:
-            got = ", ".join(repr(record.name) for record in records) or "nothing"
+        if len(records) != 1 or not isinstance(records[0], Technique) or records[0].name != name:
+            got = ", ".join(_described(record) for record in records) or "nothing"
             raise EkeError(f"its hook eke_technique must return one record named {name!r}; it returned {got}")
     except Exception as error:
         if _manager.has_plugin(name):
@@ -133,3 +144,26 @@ def _load(name: str) -> None:
 
 def _all_but(name: str) -> list[object]:
     return [plugin for plugin_name, plugin in _manager.list_name_plugin() if plugin_name != name]
+
+
+def _entries(distribution: Distribution) -> list[EntryPoint]:
+    try:
+        return list(distribution.entry_points.select(group=GROUP))
+    except (OSError, TypeError, ValueError):  # entry_points.txt that cannot be read
+        return []
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return field(entry, "Name") or f"a distribution without a name (entry point {entry.value})"
+
+
+def _normalized(entry: EntryPoint) -> str:
+    return _distribution(entry).lower().replace("_", "-").replace(".", "-")
+
+
+def _without_annotation(parameter: inspect.Parameter) -> str:
+    return str(parameter.replace(annotation=inspect.Parameter.empty))
+
+
+def _described(record: object) -> str:
+    return repr(record.name) if isinstance(record, Technique) else f"{record!r}, a {type(record).__name__}"

@@ -95,7 +95,13 @@ class Technique:
     def __post_init__(self) -> None:
         words = self.name.split("_")
         if not all(word.isalnum() and word == word.lower() for word in words):
-            raise ValueError(f"technique name {self.name!r}: use lower-case words joined by underscores, as token_drop.")
+            raise ValueError(
+                f"technique name {self.name!r}: use lower-case words joined by underscores, as token_drop."
+            )
+        for several in ("effects", "needs", "after"):
+            given = getattr(self, several)
+            if isinstance(given, str):
+                raise ValueError(f"{several}={given!r} is one string: it needs a tuple, such as ({given!r},).")
         _one_of("kind", self.kind, KINDS)
         _one_of("exactness", self.exactness, EXACTNESS)
         for need in self.needs:
