@@ -15,6 +15,7 @@ __all__ = [
     "batches_done",
     "batches_in_epoch",
     "epoch_of_next_batch",
+    "leave_finished_epoch",
     "parse_optimizers",
 ]
 
@@ -39,6 +40,19 @@ def epoch_of_next_batch(trainer: Trainer) -> int:
         return epoch.processed - int(counted)  # max_steps ends a run in mid-epoch, and Lightning counts that epoch
     # A checkpoint written right after an epoch's last batch comes before the epoch is counted.
     return epoch.processed + int(trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and not counted)
+
+
+def leave_finished_epoch(trainer: Trainer) -> None:
+    """Let a run with ``max_steps`` that resumes from an epoch's end begin the next epoch.
+
+    Lightning 2.6 takes the finished epoch up again there and trains one batch too many in it.
+    """
+    loop = trainer.fit_loop
+    if loop.restarted_on_epoch_end and loop.epoch_loop.batch_progress.is_last_batch:
+        loop.epoch_progress.increment_completed()
+        loop._restarting = False  # the public setter keeps it True whenever max_steps is given
+        loop.epoch_loop.restarting = False
+        loop.reset_restart_stage()
 
 
 def batches_in_epoch(trainer: Trainer) -> int | float:

@@ -416,6 +416,7 @@ class Coordinator(Callback):
     # ------------------------------------------------------------------ hooks of a run
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        compat.leave_finished_epoch(trainer)
         self.position.start()
         if self._gradients:
             checkpoints.set_gradients(pl_module, self._gradients)
@@ -424,7 +425,6 @@ class Coordinator(Callback):
             guest(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.position.forget()
         self.clock.before_batch(trainer, batch_idx)
         for guest in self._guests["on_train_batch_start"]:
             guest(trainer, pl_module, batch, batch_idx)

@@ -68,13 +68,9 @@ class Position:
         self.pending = state
 
     def start(self) -> None:
-        """Called when training starts: without a loader of ours, the random state is put back here."""
+        """Called when training starts: what no loader of ours took up is put back here."""
         if self.pending is not None and not self.places:
             set_rng_state(self.pending["rng"])
-
-    def forget(self) -> None:
-        """Called with each batch. Only now is a checkpoint's place used up: under ``max_steps`` Lightning runs an
-        empty epoch after a resume at an epoch's end, and makes the iterators a second time after it."""
         self.pending = None
 
 

@@ -1,0 +1,124 @@
+"""Counting what a step costs: memory by cause, bytes held for backward, Python calls and operators.
+
+Counts, not clocks: they come out the same on every run, so a test may ask for equality. They slow a step
+down; never time one while counting.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from eke import compat
+
+CAUSES = ("parameters", "buffers", "gradients", "activations", "temporary", "optimizer")
+
+
+def memory_peak(step: Callable[[], Any], module: nn.Module, *optimizers: Optimizer) -> dict[str, int]:
+    """Bytes in use at the peak of one step, by cause, as the allocator would count them.
+
+    Works on every device, the CPU too. Process memory (RSS) on a CPU is 1.3 to 4 times this, by fragmentation.
+
+    Args:
+        step: Runs one training step; forward, backward and the optimizer.
+        module: The model, whose parameters, gradients and buffers are told apart.
+        optimizers: Theirs are the optimizer states. States that exist before the step count as well.
+
+    Returns:
+        Each of :data:`CAUSES` to its bytes at the moment of the highest total, and ``"total"``.
+    """
+    tracker = compat.MemTracker()
+    tracker.track_external(module, *optimizers)
+    with tracker:
+        step()
+    peak: Counter[str] = Counter()
+    for by_cause in tracker.get_tracker_snapshot("peak").values():
+        for cause, size in by_cause.items():
+            peak[_CAUSE_OF.get(str(getattr(cause, "value", cause)), "total")] += size
+    return {cause: peak[cause] for cause in (*CAUSES, "total")}
+
+
+_CAUSE_OF = {
+    "Parameter": "parameters",
+    "Buffer": "buffers",
+    "Gradient": "gradients",
+    "Activation": "activations",
+    "Temp": "temporary",
+    "Optstate": "optimizer",
+    "Total": "total",
+}
+
+
+@contextmanager
+def saved_bytes(module: nn.Module) -> Iterator[dict[str, int]]:
+    """Count bytes that autograd keeps between forward and backward.
+
+    Each storage counts once, however many views of it are kept (the three of a fused QKV, say). Parameters and
+    buffers of ``module`` do not count.
+
+    Yields:
+        A dictionary whose ``"bytes"`` is right when the block ends.
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+    held: dict[int, int] = {}
+    result = {"bytes": 0}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield result
+    result["bytes"] = sum(held.values())
+
+
+class OperatorCounter(TorchDispatchMode):
+    """Counts the ATen operators that run inside it, backward and optimizer included.
+
+    Attributes:
+        counts: Operator name to how often it ran.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def python_calls() -> Iterator[dict[str, int]]:
+    """Count Python and C function calls of this thread inside the block.
+
+    Yields:
+        A dictionary whose ``"calls"`` is right when the block ends.
+    """
+    result = {"calls": 0}
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        if event in ("call", "c_call"):
+            result["calls"] += 1
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        yield result
+    finally:
+        sys.setprofile(before)
+        result["calls"] -= 4  # leaving the block: __exit__, next, this generator, setprofile
