@@ -1,0 +1,309 @@
+"""Skip a block, run it on some tokens, or change its tokens: one gate per block, shared by all techniques.
+
+The tricks it hides: a wrapper module would put its name into every key of the state dict, and a replaced ``forward``
+makes a deep copy run the original's weights. So the class of the block is exchanged for a subclass of itself: keys,
+``isinstance``, deep copies, pickles and activation checkpointing stay as they were. The subclass acts in
+``__call__``, outside a ``forward`` that somebody else has wrapped, outside the block's hooks, and outside the
+block's own compiled code (``block.compile()``), which then needs no other graph when the gate moves.
+
+A model compiled as a whole has one graph for each setting of its gates, and one that its first call leaves behind.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+_STATE = "_eke_gate"
+
+
+class Transform(Protocol):
+    """What a technique does to a block. It must not be a closure: a deep copy of the model copies it too."""
+
+    rank: int  # lower ranks act first, outside the others
+
+    def __call__(
+        self, call_next: Callable[..., Any], hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], form: Form
+    ) -> Any:
+        """Return what the block would: ``call_next(hidden, args, kwargs)``, or ``form.wrap(hidden)`` without it."""
+
+
+class Form:
+    """How the blocks of one list return hidden states: a tensor, or a tuple that begins with it.
+
+    Learned each time one of them runs.
+    """
+
+    def __init__(self) -> None:
+        self.length: int | None = None  # of the tuple; 0 for a tensor, None before a block has run
+        self.carries = ""  # classes of what else the tuple holds
+
+    def learn(self, output: Any) -> None:
+        length = len(output) if isinstance(output, tuple) else 0
+        if not isinstance(output[0] if length else output, Tensor):
+            length = -1
+        carries = ", ".join(type(item).__name__ for item in output[1:] if item is not None) if length > 0 else ""
+        # Written only when it changes: each write would cost a compiled model a graph.
+        if length != self.length:
+            self.length = length
+        if carries != self.carries:
+            self.carries = carries
+
+    def wrap(self, hidden: Tensor) -> Any:
+        """``hidden`` in the form of a block's output.
+
+        Raises:
+            RuntimeError: no block of the list has run yet, or the tuple carries more than hidden states.
+        """
+        if self.length is None:
+            raise RuntimeError(
+                "A block was to be skipped before any block of its list had run, so the form of its output is not "
+                "known. Keep the first block open."
+            )
+        self.check()
+        return hidden if self.length == 0 else (hidden, *[None] * (self.length - 1))
+
+    def check(self) -> None:
+        """Refuse to make up an output that holds more than hidden states."""
+        if self.length == -1:
+            raise RuntimeError(
+                "The blocks return neither a tensor nor a tuple that begins with one: they cannot be gated."
+            )
+        if self.carries:
+            raise RuntimeError(
+                f"The blocks return ({', '.join(('Tensor', self.carries))}): a skipped block has no cache and no "
+                "attention maps to return. Switch those off (use_cache=False, output_attentions=False)."
+            )
+
+
+class Skip:
+    """The closed gate: the block passes its input on."""
+
+    rank = 0
+
+    def __call__(self, call_next: Any, hidden: Tensor, args: Any, kwargs: Any, form: Form) -> Any:
+        return form.wrap(hidden)
+
+
+class Edit:
+    """Change the tokens before the block, after it, or both.
+
+    Args:
+        before: Hidden states to what the block gets, such as a ``partial`` of :func:`insert_tokens`.
+        after: The block's hidden states to what the model gets.
+    """
+
+    rank = 1
+
+    def __init__(
+        self, before: Callable[[Tensor], Tensor] | None = None, after: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self.before = before
+        self.after = after
+
+    def __call__(self, call_next: Any, hidden: Tensor, args: Any, kwargs: Any, form: Form) -> Any:
+        output = call_next(hidden if self.before is None else self.before(hidden), args, kwargs)
+        if self.after is None:
+            return output
+        return (self.after(output[0]), *output[1:]) if isinstance(output, tuple) else self.after(output)
+
+
+class OnTokens:
+    """Run the block on some tokens; the others pass it by.
+
+    Args:
+        select: Hidden states to the positions that take part: int64, rising, (batch, k) or, the same for the whole
+            batch, (k,). None runs all of them. With activation checkpointing it is called once, outside.
+        side: ``side(args, kwargs, positions)`` cuts the block's other inputs to these tokens and returns both. Without
+            it, an input that has a dimension as long as the sequence is refused.
+        dim: Dimension of the tokens: 1 for (batch, length, width), 0 for (length, batch, width) with (k,) positions.
+    """
+
+    rank = 2
+
+    def __init__(
+        self,
+        select: Callable[[Tensor], Tensor | None],
+        side: Callable[[tuple[Any, ...], dict[str, Any], Tensor], tuple[tuple[Any, ...], dict[str, Any]]] | None = None,
+        dim: int = 1,
+    ) -> None:
+        self.select = select
+        self.side = side
+        self.dim = dim
+
+    def __call__(self, call_next: Any, hidden: Tensor, args: Any, kwargs: Any, form: Form) -> Any:
+        positions = self.select(hidden)
+        if positions is None:
+            return call_next(hidden, args, kwargs)
+        if hidden.is_nested:
+            raise RuntimeError(
+                "Tokens of a nested tensor cannot be chosen. "
+                "Build nn.TransformerEncoder with enable_nested_tensor=False."
+            )
+        if self.side is not None:
+            args, kwargs = self.side(args, kwargs, positions)
+        else:
+            _refuse_side_inputs(hidden.shape[self.dim], args, kwargs)
+        output = call_next(gather_tokens(hidden, positions, self.dim), args, kwargs)
+        form.check()
+        kept = output[0] if isinstance(output, tuple) else output
+        whole = scatter_tokens(hidden, kept, positions, self.dim)
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+
+def gather_tokens(hidden: Tensor, positions: Tensor, dim: int = 1) -> Tensor:
+    """The tokens at ``positions``, (batch, k) or (k,), of ``hidden``, (batch, length, width)."""
+    if positions.ndim == 1:
+        return hidden.index_select(dim, positions)
+    return hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+
+
+def scatter_tokens(hidden: Tensor, tokens: Tensor, positions: Tensor, dim: int = 1) -> Tensor:
+    """``hidden`` with ``tokens``, (batch, k, width), at ``positions``. Undoes :func:`gather_tokens`."""
+    tokens = tokens.to(hidden.dtype)
+    if positions.ndim == 1:
+        return hidden.index_copy(dim, positions, tokens)
+    return hidden.scatter(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]), tokens)
+
+
+def insert_tokens(hidden: Tensor, tokens: Tensor, at: int = 0) -> Tensor:
+    """``hidden``, (batch, length, width), with ``tokens``, (n, width) or (batch, n, width), put in before ``at``."""
+    tokens = tokens.expand(hidden.shape[0], -1, -1).to(hidden.dtype)
+    return torch.cat([hidden[:, :at], tokens, hidden[:, at:]], dim=1)
+
+
+def replace_tokens(hidden: Tensor, tokens: Tensor, at: int = 0) -> Tensor:
+    """``hidden`` with ``tokens`` in place of as many from ``at`` on."""
+    tokens = tokens.expand(hidden.shape[0], -1, -1).to(hidden.dtype)
+    return torch.cat([hidden[:, :at], tokens, hidden[:, at + tokens.shape[1] :]], dim=1)
+
+
+def attach(blocks: Iterable[nn.Module], owner: str) -> None:
+    """Put an open gate on each block, or join the one that is there. Twice is once.
+
+    Args:
+        blocks: Blocks of one list: what one of them returns tells the form of what the others would.
+        owner: Name of the technique.
+    """
+    blocks = list(blocks)
+    form = next((vars(block)[_STATE].form for block in blocks if _STATE in vars(block)), None) or Form()
+    for block in blocks:
+        if not isinstance(block, GatedBlock):
+            vars(block)[_STATE] = Gate(form, _hidden_name(block))
+            block.__class__ = _gated(type(block))
+        vars(block)[_STATE].guests.setdefault(owner, ())
+
+
+def put(block: nn.Module, owner: str, *transforms: Transform) -> None:
+    """Set what ``owner`` does to the block, in place of what it did before. Nothing opens the gate.
+
+    Raises:
+        KeyError: ``owner`` has not attached itself to the block.
+    """
+    gate = vars(block).get(_STATE)
+    if gate is None or owner not in gate.guests:
+        raise KeyError(f"{owner!r} has no gate on this {type(block).__name__}. Call attach first.")
+    gate.guests[owner] = transforms
+    ranked = [transform for own in gate.guests.values() for transform in own]
+    gate.transforms = tuple(sorted(ranked, key=lambda transform: transform.rank))
+
+
+def transforms(block: nn.Module, owner: str | None = None) -> tuple[Transform, ...]:
+    """What acts on the block, in order: all of it, or what ``owner`` put there."""
+    gate = vars(block).get(_STATE)
+    if gate is None:
+        return ()
+    return gate.transforms if owner is None else gate.guests.get(owner, ())
+
+
+def detach(blocks: Sequence[nn.Module], owner: str) -> None:
+    """Take ``owner`` off. With the last owner gone, a block has its own class again. Twice is once."""
+    for block in blocks:
+        gate = vars(block).get(_STATE)
+        if gate is None or owner not in gate.guests:
+            continue
+        put(block, owner)
+        del gate.guests[owner]
+        # Where somebody has put a class of his own on top (FSDP2 does), an empty gate stays.
+        if not gate.guests and "eke_plain" in vars(type(block)):
+            block.__class__ = type(block).eke_plain
+            del vars(block)[_STATE]
+
+
+class Gate:
+    """What one block carries: who acts on it, and how its list returns hidden states."""
+
+    def __init__(self, form: Form, hidden_name: str) -> None:
+        self.form = form
+        self.hidden_name = hidden_name
+        self.guests: dict[str, tuple[Transform, ...]] = {}
+        self.transforms: tuple[Transform, ...] = ()
+
+    def run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.transforms:
+            output = call(*args, **kwargs)
+            self.form.learn(output)
+            return output
+        if args:
+            return self._run(0, call, args[0], args[1:], kwargs)
+        others = {name: value for name, value in kwargs.items() if name != self.hidden_name}
+        return self._run(0, partial(self._by_name, call), kwargs[self.hidden_name], (), others)
+
+    def _run(self, depth: int, call: Callable[..., Any], hidden: Tensor, args: Any, kwargs: Any) -> Any:
+        if depth == len(self.transforms):
+            output = call(hidden, *args, **kwargs)
+            self.form.learn(output)
+            return output
+        return self.transforms[depth](partial(self._run, depth + 1, call), hidden, args, kwargs, self.form)
+
+    def _by_name(self, call: Callable[..., Any], hidden: Tensor, **kwargs: Any) -> Any:
+        return call(**{self.hidden_name: hidden}, **kwargs)
+
+
+class GatedBlock:
+    """Mixed into the class of a block, on that one instance."""
+
+    eke_plain: ClassVar[type[nn.Module]]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return vars(self)[_STATE].run(super().__call__, args, kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class was made here and cannot be imported by name: pickle makes it again from the plain one.
+        make, args, *rest = super().__reduce_ex__(max(int(protocol), 2))
+        if make is copyreg.__newobj__ and "eke_plain" in vars(args[0]):
+            return (_new, (args[0].eke_plain, *args[1:]), *rest)
+        return (make, args, *rest)
+
+
+@cache
+def _gated(plain: type[nn.Module]) -> type[nn.Module]:
+    # Under the plain class's name: wrapping policies and printouts go by it.
+    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    return type(plain.__name__, (GatedBlock, plain), {**names, "eke_plain": plain})
+
+
+def _new(plain: type[nn.Module], *args: Any) -> nn.Module:
+    gated = _gated(plain)
+    return gated.__new__(gated, *args)
+
+
+def _hidden_name(block: nn.Module) -> str:
+    return next(iter(inspect.signature(block.forward).parameters), "")
+
+
+def _refuse_side_inputs(length: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    named = [*((f"argument {i}", value) for i, value in enumerate(args, 1)), *kwargs.items()]
+    for name, value in named:
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, Tensor) and length in item.shape:
+                raise RuntimeError(
+                    f"The block also gets {name} of shape {tuple(item.shape)}, one entry a token, which would have "
+                    "to be cut to the tokens that take part. This technique does not know how: leave it out here."
+                )

@@ -1,0 +1,393 @@
+"""The block gate: what it does to the numbers, and what it leaves as it was."""
+
+import copy
+import io
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from eke.seams import gate
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+WIDTH = 8
+
+
+class Block(nn.Module):
+    """Residual; ``form`` says what else it returns."""
+
+    def __init__(self, form="tensor"):
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.dropout = nn.Dropout(0.5)
+        self.form = form
+        self.calls = 0
+
+    def forward(self, hidden_states, mask=None):
+        self.calls += 1
+        out = hidden_states + self.dropout(self.linear(self.norm(hidden_states)))
+        return {"tensor": out, "tuple": (out, None), "cache": (out, [1]), "dict": {"out": out}}[self.form]
+
+
+class Net(nn.Module):
+    def __init__(self, depth=4, form="tensor"):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(form) for _ in range(depth))
+
+    def forward(self, x, by_name=False):
+        for block in self.blocks:
+            x = block(hidden_states=x) if by_name else block(x)
+            x = x[0] if isinstance(x, tuple) else x
+        return x
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 5, WIDTH)
+
+
+def close(blocks, owner="test"):
+    gate.attach(blocks, owner)
+    for block in blocks:
+        gate.put(block, owner, gate.Skip())
+
+
+def skip_upper(net, depth=2, owner="test"):
+    gate.attach(net.blocks, owner)
+    for block in net.blocks[depth:]:
+        gate.put(block, owner, gate.Skip())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_open_gate_changes_no_bit(x, training):
+    net = Net().train(training)
+    torch.manual_seed(0)
+    plain = net(x)
+    gate.attach(net.blocks, "test")
+    torch.manual_seed(0)
+    assert torch.equal(net(x), plain)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+@pytest.mark.parametrize("form", ["tensor", "tuple"])
+@pytest.mark.parametrize("training", [True, False])
+def test_skipped_blocks_are_as_if_they_were_not_there(x, form, training, by_name):
+    net = Net(4, form).train(training)
+    skip_upper(net)
+    shallow = copy.deepcopy(net)
+    gate.detach(list(shallow.blocks), "test")
+    del shallow.blocks[2:]
+    torch.manual_seed(0)
+    skipped = net(x, by_name)
+    torch.manual_seed(0)
+    assert torch.equal(skipped, shallow(x))
+    assert [block.calls for block in net.blocks] == [1, 1, 0, 0]
+    skipped.sum().backward()
+    assert all(parameter.grad is None for block in net.blocks[2:] for parameter in block.parameters())
+
+
+def test_a_skipped_tuple_keeps_its_length():
+    net = Net(3, "tuple")
+    skip_upper(net, 1)
+    net(torch.randn(1, 2, WIDTH))
+    assert net.blocks[2](torch.ones(1, 2, WIDTH))[1:] == (None,)
+
+
+def test_a_tuple_that_carries_a_cache_cannot_be_skipped(x):
+    net = Net(3, "cache")
+    skip_upper(net)
+    with pytest.raises(RuntimeError, match=r"return \(Tensor, list\): a skipped block has no cache.*use_cache=False"):
+        net(x)
+
+
+def test_a_block_that_returns_something_else_cannot_be_skipped(x):
+    blocks = nn.ModuleList([Block("dict"), Block("dict")])
+    gate.attach(blocks, "test")
+    gate.put(blocks[1], "test", gate.Skip())
+    blocks[0](x)
+    with pytest.raises(RuntimeError, match="neither a tensor nor a tuple"):
+        blocks[1](x)
+
+
+def test_the_first_block_of_a_fresh_model_cannot_be_skipped(x):
+    net = Net(2)
+    close(net.blocks)
+    with pytest.raises(RuntimeError, match="Keep the first block open"):
+        net(x)
+
+
+def test_the_model_looks_as_before(x):
+    net = Net()
+    keys, printed, modules = list(net.state_dict()), repr(net), len(list(net.modules()))
+    skip_upper(net)
+    assert list(net.state_dict()) == keys
+    assert repr(net) == printed
+    assert len(list(net.modules())) == modules
+    assert all(isinstance(block, Block) for block in net.blocks)
+
+
+def test_taken_off_the_class_is_the_very_same(x):
+    net = Net()
+    before = [dict(vars(block)) for block in net.blocks]
+    skip_upper(net)
+    gate.detach(list(net.blocks), "test")
+    gate.detach(list(net.blocks), "test")
+    assert all(type(block) is Block for block in net.blocks)
+    assert [vars(block).keys() for block in net.blocks] == [one.keys() for one in before]
+    net(x)
+    assert [block.calls for block in net.blocks] == [1] * 4
+
+
+def test_attaching_and_closing_twice_is_once(x):
+    net = Net()
+    skip_upper(net)
+    skip_upper(net)
+    assert len(gate.transforms(net.blocks[3])) == 1
+    assert type(net.blocks[3]).__mro__.count(gate.GatedBlock) == 1
+    gate.put(net.blocks[3], "test")
+    gate.put(net.blocks[3], "test")
+    assert gate.transforms(net.blocks[3]) == ()
+
+
+def test_a_deep_copy_has_a_gate_and_weights_of_its_own(x):
+    net = Net().eval()
+    skip_upper(net)
+    twin = copy.deepcopy(net)
+    for block in twin.blocks:
+        gate.put(block, "test")
+        nn.init.ones_(block.linear.weight)
+    twin(x)
+    net(x)
+    assert [block.calls for block in twin.blocks] == [1] * 4
+    assert [block.calls for block in net.blocks] == [1, 1, 0, 0]
+    assert not torch.equal(net.blocks[0].linear.weight, twin.blocks[0].linear.weight)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, pickle.HIGHEST_PROTOCOL])
+def test_a_closed_gate_survives_pickling(x, protocol):
+    net = Net().eval()
+    skip_upper(net)
+    twin = pickle.loads(pickle.dumps(net, protocol))
+    assert torch.equal(twin(x), net(x))
+    assert [block.calls for block in twin.blocks] == [1, 1, 0, 0]
+    gate.detach(list(twin.blocks), "test")
+    assert type(twin.blocks[0]) is Block
+    buffer = io.BytesIO()
+    torch.save(net, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=False)(x), net(x))
+
+
+def test_checkpointed_blocks_recompute_the_same_bits(x):
+    def run(net, blocks):
+        torch.manual_seed(0)
+        out = x
+        for block in blocks:
+            out = checkpoint(block, out, use_reentrant=False)
+        out.sum().backward()
+        return [parameter.grad for parameter in net.parameters()]
+
+    net = Net()
+    plain = run(net, net.blocks[:2])
+    net.zero_grad()
+    skip_upper(net)
+    gated = run(net, net.blocks)
+    assert all(
+        one is other if one is None else torch.equal(one, other) for one, other in zip(plain, gated, strict=True)
+    )
+
+
+def test_a_forward_that_somebody_replaced_on_the_instance_is_gated_too(x):
+    net = Net()
+    for block in net.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    skip_upper(net)
+    net(x)
+    assert [block.calls for block in net.blocks] == [1, 1, 0, 0]
+
+
+def test_two_owners_share_one_gate_in_order_of_rank(x):
+    seen = []
+
+    class Note:
+        def __init__(self, name, rank):
+            self.name, self.rank = name, rank
+
+        def __call__(self, call_next, hidden, args, kwargs, form):
+            seen.append(self.name)
+            return call_next(hidden, args, kwargs)
+
+    net = Net(2)
+    gate.attach(net.blocks, "one")
+    gate.attach(net.blocks, "two")
+    gate.put(net.blocks[1], "one", Note("inner", 2))
+    gate.put(net.blocks[1], "two", Note("outer", 1), Note("first", 0))
+    net(x)
+    assert seen == ["first", "outer", "inner"]
+    gate.put(net.blocks[1], "two", gate.Skip())
+    net(x)
+    assert seen == ["first", "outer", "inner"]  # a closed gate lets nobody through
+    gate.detach(list(net.blocks), "two")
+    assert [one.name for one in gate.transforms(net.blocks[1])] == ["inner"]
+    gate.detach(list(net.blocks), "one")
+    assert type(net.blocks[1]) is Block
+
+
+def test_who_has_not_attached_cannot_put_anything():
+    with pytest.raises(KeyError, match="'test' has no gate on this Block. Call attach first"):
+        gate.put(Block(), "test", gate.Skip())
+
+
+class Fixed:
+    def __init__(self, positions):
+        self.positions = positions
+
+    def __call__(self, hidden):
+        return self.positions
+
+
+@pytest.mark.parametrize("positions", [torch.tensor([1, 3]), torch.tensor([[0, 3], [1, 4]])])
+@pytest.mark.parametrize("form", ["tensor", "tuple"])
+def test_a_block_run_on_some_tokens_changes_those_and_no_other(x, positions, form):
+    net = Net(1, form).eval()
+    plain = net(x)
+    gate.attach(net.blocks, "test")
+    gate.put(net.blocks[0], "test", gate.OnTokens(Fixed(positions)))
+    got = net(x)
+    rows = positions.expand(2, -1)
+    for row in range(2):
+        for token in range(5):
+            assert torch.equal(got[row, token], (plain if token in rows[row] else x)[row, token])
+    gate.put(net.blocks[0], "test", gate.OnTokens(Fixed(None)))
+    assert torch.equal(net(x), plain)
+
+
+def test_tokens_first_in_the_batch_order_can_be_chosen_too(x):
+    block = Block().eval()
+    plain = block(x)
+    gate.attach([block], "test")
+    gate.put(block, "test", gate.OnTokens(Fixed(torch.tensor([1])), dim=0))
+    assert torch.equal(block(x), torch.stack([x[0], plain[1]]))
+
+
+def test_inputs_with_an_entry_a_token_are_refused_unless_somebody_cuts_them(x):
+    block = Block().eval()
+    gate.attach([block], "test")
+    gate.put(block, "test", gate.OnTokens(Fixed(torch.tensor([1, 3]))))
+    with pytest.raises(RuntimeError, match=r"also gets mask of shape \(2, 5\), one entry a token"):
+        block(x, mask=torch.ones(2, 5))
+    with pytest.raises(RuntimeError, match="also gets argument 1"):
+        block(x, (torch.ones(5, 3),))
+    block(x, mask=torch.ones(2, 4))
+
+    def side(args, kwargs, positions):
+        return args, {"mask": kwargs["mask"][:, positions]}
+
+    gate.put(block, "test", gate.OnTokens(Fixed(torch.tensor([1, 3])), side))
+    block(x, mask=torch.ones(2, 5))
+
+
+def test_tokens_can_be_put_in_replaced_and_taken_out(x):
+    prompt = torch.randn(2, WIDTH)
+    longer = gate.insert_tokens(x, prompt, at=1)
+    assert torch.equal(longer, torch.cat([x[:, :1], prompt.expand(2, -1, -1), x[:, 1:]], 1))
+    assert torch.equal(gate.replace_tokens(longer, torch.zeros(2, WIDTH), at=1)[:, 1:3], torch.zeros(2, 2, WIDTH))
+    assert torch.equal(gate.replace_tokens(longer, torch.zeros(2, WIDTH), at=1)[:, 3:], x[:, 1:])
+    net = Net(1, "tuple").eval()
+    gate.attach(net.blocks, "test")
+    before = partial(gate.insert_tokens, tokens=prompt)
+    gate.put(net.blocks[0], "test", gate.Edit(before=before))
+    assert net(x).shape == (2, 7, WIDTH)
+    gate.put(net.blocks[0], "test", gate.Edit(before=before, after=partial(torch.narrow, dim=1, start=2, length=5)))
+    with_prompt = net(x)
+    gate.put(net.blocks[0], "test")
+    assert torch.equal(with_prompt, net(x))  # a block without attention does not see the prompt
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+def test_it_holds_on_the_fast_paths_of_the_torch_encoder(x, padding, training):
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 4).train(training)
+    mask = torch.arange(5).expand(2, 5) > torch.tensor([[4], [2]]) if padding else None
+    shallow = copy.deepcopy(encoder)
+    del shallow.layers[2:]
+    gate.attach(encoder.layers, "test")
+    for block in encoder.layers[2:]:
+        gate.put(block, "test", gate.Skip())
+    with torch.set_grad_enabled(training):
+        assert torch.equal(encoder(x, src_key_padding_mask=mask), shallow(x, src_key_padding_mask=mask))
+
+
+def test_tokens_of_a_nested_tensor_are_refused(x):
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True), 2).eval()
+    gate.attach(encoder.layers, "test")
+    gate.put(encoder.layers[1], "test", gate.OnTokens(Fixed(torch.tensor([0]))))
+    mask = torch.arange(5).expand(2, 5) > torch.tensor([[4], [2]])
+    with pytest.raises(RuntimeError, match="enable_nested_tensor=False"), torch.no_grad():
+        encoder(x, src_key_padding_mask=mask)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_it_holds_in_a_hugging_face_model(checkpointing):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_embd=8, n_layer=4, n_head=2, vocab_size=16, use_cache=False)
+    model = transformers.GPT2LMHeadModel(config).train(checkpointing)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    shallow = copy.deepcopy(model)
+    del shallow.transformer.h[2:]
+    skip_upper(nn.ModuleDict({"blocks": model.transformer.h}))
+    ids = torch.arange(6).view(2, 3)
+    torch.manual_seed(0)
+    gated = model(ids, labels=ids)
+    torch.manual_seed(0)
+    plain = shallow(ids, labels=ids)
+    assert torch.equal(gated.logits, plain.logits)
+    gated.loss.backward()
+    plain.loss.backward()
+    for name, parameter in shallow.named_parameters():
+        assert torch.equal(model.get_parameter(name).grad, parameter.grad)
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return x + self.linear(x)
+
+
+def graphs(how):
+    """Graphs compiled with the upper half closed, and in all after it has opened."""
+    torch._dynamo.reset()
+    built = []
+
+    def backend(graph, inputs):
+        built.append(graph)
+        return graph
+
+    net, x = Net(0), torch.randn(2, 5, WIDTH, requires_grad=True)
+    net.blocks.extend(Residual() for _ in range(4))
+    skip_upper(net)
+    for module in [net] if how == "whole" else net.blocks:
+        module.compile(backend=backend, fullgraph=True)
+    counts = []
+    for depth in (2, 4):
+        for block in net.blocks[:depth]:
+            gate.put(block, "test")
+        expected = x
+        for block in net.blocks[:depth]:
+            expected = expected + block.linear(expected)
+        for _ in range(3):
+            assert torch.equal(net(x), expected)
+        counts.append(len(built))
+    return counts
+
+
+def test_compiled_by_block_one_graph_serves_all_gates_and_as_a_whole_each_setting_has_one():
+    assert graphs("block") == [1, 1]
+    assert graphs("whole") == [2, 3]  # the first call learns the form of the output, which costs one
