@@ -19,22 +19,47 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from eke.testing.compare import assert_same, differences
     from eke.testing.contract import CallbackContract, TechniqueContract
-    from eke.testing.data import BATCH, LENGTH, Images, Loader, Tokens
+    from eke.testing.data import BATCH, LENGTH, Images, Loader, Tokens, shuffled
     from eke.testing.models import LAYERS, SHAPES, WIDTH, TinyBlocks, TinyGPT2, TinyTransformer, TinyViT, hugging_face
     from eke.testing.ranks import RankError, run_alone, run_ranks
     from eke.testing.run import Run, fit, resume
 
+__all__ = [
+    "BATCH",
+    "CallbackContract",
+    "Images",
+    "LAYERS",
+    "LENGTH",
+    "Loader",
+    "RankError",
+    "Run",
+    "SHAPES",
+    "TechniqueContract",
+    "TinyBlocks",
+    "TinyGPT2",
+    "TinyTransformer",
+    "TinyViT",
+    "Tokens",
+    "WIDTH",
+    "assert_same",
+    "differences",
+    "fit",
+    "hugging_face",
+    "resume",
+    "run_alone",
+    "run_ranks",
+    "shuffled",
+]
+
 _HOME = {
     "compare": ["assert_same", "differences"],
     "contract": ["CallbackContract", "TechniqueContract"],
-    "data": ["BATCH", "LENGTH", "Images", "Loader", "Tokens"],
+    "data": ["BATCH", "LENGTH", "Images", "Loader", "Tokens", "shuffled"],
     "models": ["LAYERS", "SHAPES", "WIDTH", "TinyBlocks", "TinyGPT2", "TinyTransformer", "TinyViT", "hugging_face"],
     "ranks": ["RankError", "run_alone", "run_ranks"],
     "run": ["Run", "fit", "resume"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-
-__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:

@@ -107,12 +107,14 @@ def trains_or_refuses(subject: Subject, may_refuse: bool) -> str | None:
     watch = _FirstStep()
     try:
         trains(subject, callbacks=[watch])
-    except REFUSALS as refusal:
-        assert may_refuse, f"{subject.model.__name__} is declared in shapes and was refused: {refusal}"
-        assert not watch.stepped, f"refused only after the first step: {refusal}"
-        assert len(str(refusal)) >= 20, f"a refusal has to say why; it said {str(refusal)!r}"
-        return str(refusal)
-    return None
+    except REFUSALS as error:
+        refusal = str(error)
+    else:
+        return None
+    assert may_refuse, f"{subject.model.__name__} is declared in shapes and was refused: {refusal}"
+    assert not watch.stepped, f"refused only after the first step: {refusal}"
+    assert len(refusal) >= 20, f"a refusal has to say why; it said {refusal!r}"
+    return refusal
 
 
 def trains_in_bf16(subject: Subject) -> None:
@@ -174,7 +176,7 @@ def resumes(
     *,
     after_epochs: int = 0,
     after_steps: int = 0,
-    workers: int = 0,
+    after_batches: int = 0,
     dropout: float = 0.0,
     random: bool = False,
     **options: Any,
@@ -184,27 +186,29 @@ def resumes(
     Args:
         subject: What is checked.
         after_epochs: Kill at the end of this many epochs, or
-        after_steps: after this many optimizer steps.
-        workers: Loader workers.
+        after_steps: after this many optimizer steps, or
+        after_batches: after this many batches.
         dropout: Of the model. Needs a technique whose checkpoints hold the global random state.
         random: Whether the global random state is compared too.
-        options: Trainer arguments.
+        options: For :func:`eke.testing.fit`.
     """
+    options = {"epochs": subject.epochs, "steps": subject.steps, **subject.options, **options}
     unbroken, resumed = run.resume(
         lambda seed: subject.model(seed=seed, dropout=dropout),
         subject.build,
         after_epochs=after_epochs,
         after_steps=after_steps,
-        workers=workers,
-        **{"epochs": subject.epochs, "steps": subject.steps, **subject.options, **options},
+        after_batches=after_batches,
+        **options,
     )
-    done = after_epochs * subject.steps or after_steps * options.get("accumulate_grad_batches", 1)
-    total = len(unbroken["steps"])
-    assert len(resumed["steps"]) == total - done, (
-        f"after the kill {total - done} of {total} batches were left; the resumed run trained {len(resumed['steps'])}"
+    per_step = options.get("accumulate_grad_batches", 1)
+    done = after_epochs * options["steps"] or after_steps * per_step or after_batches
+    left = list(unbroken["steps"])[done:]
+    assert list(resumed["steps"]) == left, (
+        f"batches after the kill: {_some(left)}; the resumed run trained: {_some(list(resumed['steps']))}"
     )
-    assert_same(*map(lambda state: _comparable(state, random, list(unbroken["steps"])[done:]), (unbroken, resumed)),
-                "state of the unbroken run, then of the resumed one")  # fmt: skip
+    pair = [_comparable(state, random, left) for state in (unbroken, resumed)]
+    assert_same(*pair, "state of the unbroken run, then of the resumed one")
 
 
 def loads_without_it(subject: Subject) -> str | None:
@@ -214,13 +218,15 @@ def loads_without_it(subject: Subject) -> str | None:
         ckpt = run.interrupt(folder, lambda seed: subject.model(seed=seed), subject.build, after_epochs=1, **options)
         try:
             subject.fit(subject.model(), ckpt=ckpt)
-        except REFUSALS as refusal:
-            names = {type(subject.build()).__name__, getattr(subject.record, "name", "")} - {""}
-            assert any(name in str(refusal) for name in names), f"the refusal does not name it: {refusal}"
-            return str(refusal)
+        except REFUSALS as error:
+            refusal = str(error)
         except Exception as error:
             raise AssertionError(f"its checkpoint fails to load without it: {type(error).__name__}: {error}") from error
-    return None
+        else:
+            return None
+    names = {type(subject.build()).__name__, getattr(subject.record, "name", "")} - {""}
+    assert any(name in refusal for name in names), f"the refusal does not name it: {refusal}"
+    return refusal
 
 
 def weights_only_checkpoint_loads(subject: Subject) -> None:
@@ -377,7 +383,7 @@ def fits_twice_validates_and_tests(subject: Subject) -> None:
 
 
 def costs_nothing_when_idle(subject: Subject) -> None:
-    """In a step in which it has nothing to do it adds no operator and few Python calls over a callback that is empty."""
+    """Where it has nothing to do in a step, it adds no operator and few Python calls over an empty callback."""
     build = subject.idle or subject.build
     calls = [_least(subject, technique, count.CountCalls()) for technique in (Callback(), build())]
     operators = [_least(subject, technique, count.CountOperators()) for technique in (Callback(), build())]

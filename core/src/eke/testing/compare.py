@@ -71,7 +71,7 @@ def differences(first: Any, second: Any, tolerance: float = 0.0, name: str = "")
             return [f"{name} has {len(first)} entries, then {len(second)}"]
         return [
             line
-            for i, (one, other) in enumerate(zip(first, second))
+            for i, (one, other) in enumerate(zip(first, second, strict=True))
             for line in differences(one, other, tolerance, _under(name, i))
         ]
     if isinstance(first, float) and isinstance(second, float):

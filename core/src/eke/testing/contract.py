@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 
 from eke.testing import checks
+from eke.testing.data import shuffled
 from eke.testing.models import SHAPES, STEPS, TinyBlocks, TinyGPT2, TinyModel
 from eke.testing.run import EPOCHS
 
@@ -43,6 +44,7 @@ class CallbackContract:
     extra_calls: ClassVar[int] = 60  # Python calls it may add to a step in which it has nothing to do
     arguments: ClassVar[Mapping[str, Any]] = {}  # by which a LightningCLI builds it
     options: ClassVar[Mapping[str, Any]] = {}  # Trainer arguments of every run
+    resuming: ClassVar[Mapping[str, Any]] = {}  # arguments of every check that resumes
     exceptions: ClassVar[Mapping[str, str]] = {}  # name of a test to the sentence why it cannot hold
 
     def build(self) -> object:
@@ -86,16 +88,17 @@ class CallbackContract:
         checks.loss_falls(self.subject())
 
     def test_a_run_killed_at_an_epoch_end_resumes_to_the_same_bits(self, cut_epochs: int) -> None:
-        checks.resumes(self.subject(), after_epochs=cut_epochs)
+        checks.resumes(self.subject(), after_epochs=cut_epochs, **self.resuming)
 
     def test_a_run_killed_in_mid_epoch_resumes_to_the_same_bits(self, cut_steps: int) -> None:
-        checks.resumes(self.subject(), after_steps=cut_steps)
+        checks.resumes(self.subject(), after_steps=cut_steps, **self.resuming)
 
     def test_a_run_with_loader_workers_resumes_to_the_same_bits(self) -> None:
-        checks.resumes(self.subject(), after_steps=self.cuts[-1], workers=1)
+        checks.resumes(self.subject(), after_steps=self.cuts[-1], workers=1, **self.resuming)
 
     def test_a_run_with_accumulated_gradients_resumes_to_the_same_bits(self) -> None:
-        checks.resumes(self.subject(steps=2 * self.steps), after_steps=self.cuts[0], accumulate_grad_batches=2)
+        steps = 2 * self.steps
+        checks.resumes(self.subject(steps=steps), after_steps=self.cuts[0], accumulate_grad_batches=2, **self.resuming)
 
     def test_it_leaves_the_global_random_state_alone(self) -> None:
         checks.leaves_the_random_state_alone(self.subject())
@@ -189,8 +192,11 @@ class TechniqueContract(CallbackContract):
             def build(self):
                 return Stacking(...)
 
-    Exceptions are read from the technique's record.
+    Exceptions are read from the technique's record. Runs that resume have a stock loader that shuffles, and the
+    global random state is compared: the core keeps both.
     """
+
+    resuming: ClassVar[Mapping[str, Any]] = {"loader": shuffled, "random": True}
 
     def test_it_has_a_record(self) -> None:
         record = self.subject().record
@@ -203,7 +209,11 @@ class TechniqueContract(CallbackContract):
         checks.does_what_its_record_says(self.subject())
 
     def test_a_run_with_dropout_resumes_to_the_same_bits(self) -> None:
-        checks.resumes(self.subject(), after_epochs=1, dropout=0.1, random=True)
+        checks.resumes(self.subject(), after_epochs=1, dropout=0.1, **self.resuming)
 
     def test_a_run_with_dropout_killed_in_mid_epoch_resumes_to_the_same_bits(self) -> None:
-        checks.resumes(self.subject(), after_steps=self.cuts[-1], dropout=0.1, random=True)
+        checks.resumes(self.subject(), after_steps=self.cuts[-1], dropout=0.1, **self.resuming)
+
+    def test_a_run_killed_within_an_accumulation_window_resumes_to_the_same_bits(self) -> None:
+        subject = self.subject(steps=2 * self.steps)
+        checks.resumes(subject, after_batches=2 * self.cuts[0] + 1, accumulate_grad_batches=2, **self.resuming)

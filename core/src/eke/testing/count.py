@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from eke.measure import OperatorCounter
 
 
 class CountCalls(Callback):
@@ -39,14 +39,14 @@ class CountOperators(Callback):
 
     def __init__(self) -> None:
         self.per_step: list[int] = []
-        self.mode = _Operators()
+        self.counter = OperatorCounter()
         self.open = False
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.close()
-        self.per_step.append(self.mode.count)
-        self.mode.count = 0
-        self.mode.__enter__()
+        self.per_step.append(self.counter.total)
+        self.counter.counts.clear()
+        self.counter.__enter__()
         self.open = True
 
     def on_train_epoch_end(self, *_: Any) -> None:
@@ -57,15 +57,5 @@ class CountOperators(Callback):
 
     def close(self) -> None:
         if self.open:
-            self.mode.__exit__(None, None, None)
+            self.counter.__exit__(None, None, None)
             self.open = False
-
-
-class _Operators(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> torch.Tensor:
-        self.count += 1
-        return func(*args, **(kwargs or {}))

@@ -107,3 +107,13 @@ class Loader(DataLoader):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._start = state["position"] % len(self)
+
+
+def shuffled(dataset: Dataset, batch_size: int = BATCH, workers: int = 0, rank: int = 0, world: int = 1) -> DataLoader:
+    """A stock DataLoader that shuffles by the global random state: what most people train with.
+
+    Lightning alone starts its epoch again when a run resumes in mid-epoch; Eke's core does not.
+    """
+    if world > 1:
+        return DataLoader(dataset, batch_size, sampler=Order(len(dataset), rank, world), num_workers=workers)
+    return DataLoader(dataset, batch_size, shuffle=True, num_workers=workers)

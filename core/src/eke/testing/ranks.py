@@ -84,7 +84,7 @@ def _run(jobs: list[tuple[Callable[[], Any], dict[str, str]]], timeout: float) -
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, str(number)) for number in range(len(jobs))]
         fork = multiprocessing.get_context("fork")
-        processes = [fork.Process(target=_work, args=(*job, file)) for job, file in zip(jobs, files)]
+        processes = [fork.Process(target=_work, args=(*job, file)) for job, file in zip(jobs, files, strict=True)]
         try:
             for process in processes:
                 process.start()
@@ -147,7 +147,7 @@ def _end(process: Any) -> None:
 
 def _collect(processes: list, files: list[Path], hung: bool, timeout: float) -> list[tuple[Any, int]]:
     results, errors = [], []
-    for rank, (process, file) in enumerate(zip(processes, files)):
+    for rank, (process, file) in enumerate(zip(processes, files, strict=True)):
         if file.exists() and file.stat().st_size:
             done, value = pickle.loads(file.read_bytes())
             if done:

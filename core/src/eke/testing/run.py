@@ -54,6 +54,7 @@ def fit(
     world: int = 1,
     ckpt: str | Path | None = None,
     validate: bool = False,
+    loader: Callable[..., Any] = Loader,
     callbacks: Sequence[Callback] = (),
     **options: Any,
 ) -> Run:
@@ -70,6 +71,7 @@ def fit(
         world: Number of processes; above 1 to be called under :func:`eke.testing.run_ranks`.
         ckpt: Checkpoint to resume from.
         validate: Whether to validate after each epoch.
+        loader: Builds the train loader: the kit's :class:`Loader`, :func:`shuffled`, or a function of their arguments.
         callbacks: Further callbacks, after the techniques.
         options: Passed on to the Trainer.
     """
@@ -77,10 +79,10 @@ def fit(
     trainer = make_trainer(*techniques, epochs=epochs, world=world, validate=validate,
                            callbacks=[*callbacks, recorder], **options)  # fmt: skip
     dataset = getattr(model, "_orig_mod", model).dataset(steps * batch * world)
-    loader = Loader(dataset, batch, workers, trainer.global_rank, world)
+    data = loader(dataset, batch, workers, trainer.global_rank, world)
     seed_everything(seed)
     with quiet():
-        trainer.fit(model, loader, ckpt_path=ckpt)
+        trainer.fit(model, data, ckpt_path=ckpt)
     return Run(trainer, trainer.lightning_module, recorder.state(trainer))
 
 
@@ -127,6 +129,7 @@ def resume(
     *,
     after_epochs: int = 0,
     after_steps: int = 0,
+    after_batches: int = 0,
     **options: Any,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Train once through; train again, die, and go on in another process. Return both states.
@@ -138,12 +141,14 @@ def resume(
         model: Builds the model; called with ``seed``.
         build: Builds the technique.
         after_epochs: Die once the checkpoint at the end of this many epochs is written, or
-        after_steps: once the checkpoint after this many optimizer steps is written.
+        after_steps: once the checkpoint after this many optimizer steps is written, or
+        after_batches: once one after this many batches is written, which may be within an accumulation window.
         options: For :func:`fit`.
     """
+    cut = {"after_epochs": after_epochs, "after_steps": after_steps, "after_batches": after_batches}
     unbroken = run_alone(lambda: fit(model(seed=0), build(), **options).state)
     with tempfile.TemporaryDirectory() as folder:
-        ckpt = interrupt(folder, model, build, after_epochs=after_epochs, after_steps=after_steps, **options)
+        ckpt = interrupt(folder, model, build, **cut, **options)
         resumed = run_alone(lambda: fit(model(seed=1), build(), seed=1, ckpt=ckpt, **options).state)
     return unbroken, resumed
 
@@ -155,18 +160,21 @@ def interrupt(
     *,
     after_epochs: int = 0,
     after_steps: int = 0,
+    after_batches: int = 0,
     **options: Any,
 ) -> Path:
     """Train in a process of its own that dies once a checkpoint is written; return the checkpoint's path."""
+    ckpt = Path(folder, "cut.ckpt")
     if after_epochs:
         save = ModelCheckpoint(folder, "cut", every_n_epochs=after_epochs, save_on_train_epoch_end=True)
-    else:
+    elif after_steps:
         save = ModelCheckpoint(folder, "cut", every_n_train_steps=after_steps)
-    ckpt = Path(folder, "cut.ckpt")
+    else:
+        save = SaveAfter(ckpt, after_batches)
     callbacks = [*options.pop("callbacks", ()), save, PowerCut(ckpt)]
     end = run_alone(lambda: fit(model(seed=0), build(), callbacks=callbacks, **options).state)
     if end is not None or not ckpt.exists():
-        raise AssertionError(f"the run ended before its checkpoint at {after_epochs=}, {after_steps=} was written.")
+        raise AssertionError("the run ended before its checkpoint was written.")
     return ckpt
 
 
@@ -183,6 +191,18 @@ class PowerCut(Callback):
     def on_train_batch_start(self, *_: Any) -> None:
         if self.file.exists():
             die()
+
+
+class SaveAfter(Callback):
+    """Saves a checkpoint after a number of batches."""
+
+    def __init__(self, file: Path, batches: int) -> None:
+        self.file, self.batches = file, batches
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.batches -= 1
+        if self.batches == 0:
+            trainer.save_checkpoint(self.file)
 
 
 class Recorder(Callback):
@@ -275,5 +295,5 @@ def quiet() -> Iterator[None]:
         try:
             yield
         finally:
-            for logger, level in zip(loggers, levels):
+            for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
