@@ -1,0 +1,1 @@
+"""The commands of ``eke``, a module each: find out first, render after."""

@@ -1,0 +1,148 @@
+"""``eke check``: what a recipe or a LightningCLI file would do, before anything trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+from eke import compose, recipe, registry
+from eke.spec import ConflictError, EkeError, Technique
+
+
+@dataclass
+class Report:
+    """What was found. ``techniques`` stand in the order in which they act, if there is one."""
+
+    techniques: list[Technique] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)  # what stands in the file and is not of Eke
+    refusals: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A technique that is asked for, and how to try its arguments."""
+
+    record: Technique
+    arguments: dict[str, Any]
+    build: Callable[[], object]
+
+
+def examine(given: list[str]) -> Report:
+    """Order, conflicts and argument errors of what ``eke check`` was given.
+
+    Args:
+        given: Words of a recipe (see :func:`eke.recipe.parse_words`), or names of YAML files: recipes, or
+            configurations of a LightningCLI.
+
+    Raises:
+        EkeError: input that cannot be read, a technique that is not installed or does not load.
+    """
+    files = [one for one in given if one.endswith((".yaml", ".yml"))]
+    words = [one for one in given if one not in files]
+    asked = _from_recipe(recipe.parse_words(words))
+    report = Report()
+    for file in files:
+        content = recipe.load_yaml(file)
+        trainer = _trainer_section(content)
+        if trainer is None:
+            asked += _from_recipe(recipe.from_mapping(content, file))
+        else:
+            found, foreign = _from_command_line(trainer, file)
+            asked += found
+            report.foreign += foreign
+    report.refusals += [refusal for one in asked for refusal in _argument_errors(one)]
+    records = [one.record for one in asked]
+    try:
+        report.techniques = compose.order(records)
+    except ConflictError as error:
+        report.techniques = records
+        report.refusals += compose.conflicts(records) or [str(error)]
+    return report
+
+
+def render(report: Report) -> str:
+    """The report as text."""
+    lines = []
+    if report.techniques:
+        lines.append("In the order in which they act:" if not report.refusals else "Asked for:")
+        width = max(len(record.name) for record in report.techniques)
+        for place, record in enumerate(report.techniques, start=1):
+            lines.append(f"  {place}. {record.name.ljust(width)}  {', '.join(record.effects) or 'touches nothing'}")
+            if record.needs:
+                lines.append(f"     {' ' * width}  needs {', '.join(record.needs)}")
+    lines += [f"Not of Eke, order and conflicts unknown: {one}" for one in report.foreign]
+    lines += [f"REFUSED: {one}" for one in report.refusals]
+    if not report.techniques:
+        lines.append("No technique of Eke is asked for.")
+    elif not report.refusals:
+        lines.append("They go together." if len(report.techniques) > 1 else "Nothing speaks against it.")
+    return "\n".join(lines)
+
+
+def _from_recipe(asked: dict[str, dict[str, Any]]) -> list[_Asked]:
+    found = []
+    for name, arguments in asked.items():
+        record = registry.get(name)
+        found.append(_Asked(record, arguments, lambda record=record, given=arguments: record.build(**given)))
+    return found
+
+
+def _argument_errors(asked: _Asked) -> list[str]:
+    try:
+        registry.check_arguments(asked.record, asked.arguments)
+        asked.build()
+    except EkeError as error:
+        return [str(error)]
+    except Exception as error:  # what a constructor says about a value, in whatever class it says it
+        return [f"{asked.record.name}: {' '.join(str(error).split())}"]
+    return []
+
+
+def _trainer_section(content: dict[Hashable, Any]) -> dict[str, Any] | None:
+    """The ``trainer:`` part of a LightningCLI configuration, with or without a subcommand; None for a recipe."""
+    for part in (content, content.get("fit")):
+        if isinstance(part, dict) and isinstance(part.get("trainer"), dict):
+            return part["trainer"]
+    return None
+
+
+def _from_command_line(trainer: dict[str, Any], file: str) -> tuple[list[_Asked], list[str]]:
+    asked, foreign = [], []
+    for argument in ("callbacks", "plugins", "strategy"):
+        given = trainer.get(argument) or []
+        for item in given if isinstance(given, list) else [given]:
+            if isinstance(item, str):  # a short name of Lightning's own, such as strategy: ddp
+                path, arguments = item, {}
+            elif isinstance(item, dict) and isinstance(item.get("class_path"), str):
+                path, arguments = item["class_path"], item.get("init_args") or {}
+            else:
+                raise EkeError(f"{file}: trainer.{argument} holds {item!r}; a class_path is needed.")
+            found = _class(path, file) if "." in path else None
+            record = getattr(found, "technique", None)
+            if isinstance(record, Technique):
+                asked.append(_Asked(record, arguments, lambda found=found, given=arguments: _typed(found, given)))
+            elif path != "auto":
+                foreign.append(f"{path} ({argument})")
+    return asked, foreign
+
+
+def _class(path: str, file: str) -> type:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except Exception as error:  # importing someone's module may raise anything
+        raise EkeError(f"{file}: class_path {path!r} does not load: {error}") from None
+
+
+def _typed(found: type, arguments: dict[str, Any]) -> object:
+    """Build an object as a LightningCLI would, which turns class names into classes by the annotations."""
+    try:
+        from jsonargparse import ArgumentParser
+    except ImportError:
+        return None  # without it there is no LightningCLI either, and plain values could be misjudged
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(found, "built")
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its name before 4.49
+    return instantiate(parser.parse_object({"built": arguments})).built

@@ -1,0 +1,107 @@
+"""``eke info``: everything a technique says about itself."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from eke import registry
+from eke.cli import certificates
+from eke.spec import Technique
+
+
+def render(name: str) -> str:
+    """The technique's record, arguments, exceptions and certificate.
+
+    Raises:
+        EkeError: as :func:`eke.get`.
+    """
+    record, entry = registry.get(name), registry.installed()[name][0]
+    field = registry.field
+    heading = f"{name} {field(entry, 'Version')} ({field(entry, 'Name')}): {field(entry, 'Summary')}"
+    return "\n\n".join([heading, _record(record), _arguments(record), _exceptions(record), _certificate(entry)])
+
+
+def arguments(factory: Callable[..., object]) -> list[tuple[str, str]]:
+    """Each argument as it is written in the signature, with its line of the docstring."""
+    said = _documented(factory)
+    return [
+        (str(parameter.replace(annotation=inspect.Parameter.empty)), said.get(parameter.name, ""))
+        for parameter in inspect.signature(factory).parameters.values()
+    ]
+
+
+def _record(record: Technique) -> str:
+    factory = record.resolve()
+    lines = [
+        ("class", f"{factory.__module__}.{factory.__qualname__}"),
+        ("kind", record.kind),
+        ("paper", record.paper),
+        ("survey", record.survey),
+        ("effects", ", ".join(record.effects)),
+        ("needs", ", ".join(record.needs)),
+        ("conflicts", "; ".join(f"{other}: {reason}" for other, reason in record.conflicts.items())),
+        ("after", ", ".join(record.after)),
+        ("exactness", record.exactness),
+    ]
+    return _two_columns([(key, value or "none") for key, value in lines])
+
+
+def _arguments(record: Technique) -> str:
+    try:
+        lines = arguments(record.resolve())
+    except ValueError:  # a factory written in C may have no signature
+        return "Arguments: not known"
+    return "Arguments\n" + _two_columns(lines) if lines else "Arguments: none"
+
+
+def _exceptions(record: Technique) -> str:
+    if not record.exceptions:
+        return "Contract: no exceptions"
+    return "Contract, with these exceptions\n" + _two_columns(list(record.exceptions.items()))
+
+
+def _certificate(entry: Any) -> str:
+    try:
+        certificate = certificates.read(entry)
+    except ValueError as error:
+        return f"Certificate: unreadable ({error})"
+    if certificate is None:
+        return "Certificate: none"
+    return "Certificate\n" + _two_columns([(key, _plain(value)) for key, value in certificate.items()])
+
+
+def _documented(factory: Callable[..., object]) -> dict[str, str]:
+    """Argument to its text, from the ``Args:`` section of a docstring, continuation lines joined."""
+    texts: dict[str, str] = {}
+    lines = (inspect.getdoc(factory) or "").splitlines()
+    start = next((i + 1 for i, line in enumerate(lines) if line.strip() == "Args:"), len(lines))
+    name, margin = "", None
+    for line in lines[start:]:
+        if not line.strip():
+            continue
+        indent = len(line) - len(line.lstrip())
+        if indent == 0:  # the next section
+            break
+        margin = indent if margin is None else margin
+        if indent == margin:
+            name, _, text = line.strip().partition(":")
+            name = name.partition(" ")[0].lstrip("*")  # "block (int): ..." and "**options: ..." as well
+            texts[name] = text.strip()
+        else:
+            texts[name] = f"{texts[name]} {line.strip()}".strip()
+    return texts
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
+    return str(value)
+
+
+def _two_columns(lines: list[tuple[str, str]]) -> str:
+    width = max(len(key) for key, _ in lines)
+    return "\n".join(f"  {key.ljust(width)}  {value}".rstrip() for key, value in lines)
