@@ -1,0 +1,28 @@
+"""Tells the eke registry what this distribution provides. Imports only eke, so that asking costs nothing."""
+
+from eke import Technique, hookimpl
+
+RECORD = Technique(
+    name="{{ cookiecutter.__entry }}",
+    kind="{{ cookiecutter.kind }}",
+    factory="{{ cookiecutter.__module }}:{{ cookiecutter.class_name }}",
+    paper="{{ cookiecutter.paper }}",
+{%- if cookiecutter.kind == "callback" %}
+    effects=("changes gradients",),
+    exactness="model-changing",
+{%- elif cookiecutter.kind == "plugin" %}
+    effects=("changes optimizer",),
+    exactness="reordered sums",
+{%- else %}
+    effects=(),
+    exactness="reordered sums",
+    exceptions={
+        "test_two_processes_equal_one": "It is a strategy for one device.",
+    },
+{%- endif %}
+)
+
+
+@hookimpl
+def eke_technique() -> Technique:
+    return RECORD
