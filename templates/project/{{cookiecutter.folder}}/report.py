@@ -1,0 +1,274 @@
+"""Measuring a run while it trains, and showing several side by side."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from importlib.metadata import distributions
+from pathlib import Path
+from statistics import median
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ProgressBar
+from rich import progress
+from rich.console import Console
+from rich.table import Table
+from torch.distributed._tools.mem_tracker import MemTracker
+
+console = Console(soft_wrap=True)
+
+
+class Meter(Callback):
+    """Charge a run for all it does between first and last step except evaluation, and record its validation loss."""
+
+    def __init__(self) -> None:
+        self.seconds = self.cpu_seconds = 0.0
+        self.steps = 0  # those on the clock
+        self.curve: list[list[float]] = []  # [step, seconds, validation loss]
+        self.peak_memory = 0
+        self._started: tuple[float, float] | None = None
+        self._marks: list[float] = []
+        self._tracker: MemTracker | None = None
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self._start()
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self._marks.append(time.perf_counter())
+        # A CPU has no peak counter, and counting slows a step down: the last one is counted, off the clock.
+        if pl_module.device.type == "cpu" and trainer.global_step == trainer.max_steps - 1:
+            self._stop()
+            self._tracker = MemTracker()
+            self._tracker.track_external(pl_module, *trainer.optimizers)
+            self._tracker.__enter__()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if self._tracker is None:
+            self.steps += 1
+            return
+        self._tracker.__exit__(None, None, None)
+        self.peak_memory = max(sum(parts.values()) for parts in self._tracker.get_tracker_snapshot("peak").values())
+        self._tracker = None
+
+    def on_validation_start(self, trainer, pl_module) -> None:
+        self._stop()
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        self.curve.append([trainer.global_step, self.seconds, float(trainer.callback_metrics["val_loss"])])
+        self._start()
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        self._stop()
+        if pl_module.device.type == "cuda":
+            self.peak_memory = torch.cuda.max_memory_allocated()
+
+    def state_dict(self) -> dict:
+        return {key: getattr(self, key) for key in ("seconds", "cpu_seconds", "steps", "curve")}
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
+
+    def seconds_per_step(self) -> float:
+        """Median over all steps but the first few, which warm up."""
+        gaps = [after - before for before, after in zip(self._marks, self._marks[1:], strict=False)]
+        return median(gaps[len(gaps) // 4 :])
+
+    def result(self, model: torch.nn.Module, tokens_per_step: int) -> dict:
+        loss = self.curve[-1][2]
+        return {
+            "parameters": sum(weight.numel() for weight in model.parameters()),
+            "seconds": self.curve[-1][1],
+            "cpu_seconds": self.cpu_seconds,
+            "tokens_per_second": self.steps * tokens_per_step / self.seconds,
+            "peak_memory_bytes": self.peak_memory,
+            "nats_per_byte": loss,
+            "bits_per_byte": loss / math.log(2),
+            "curve": self.curve,
+        }
+
+    def _start(self) -> None:
+        _wait_for_gpu()
+        self._started = time.perf_counter(), time.process_time()
+
+    def _stop(self) -> None:
+        if self._started:
+            _wait_for_gpu()
+            self.seconds += time.perf_counter() - self._started[0]
+            self.cpu_seconds += time.process_time() - self._started[1]
+            self._started = None
+
+
+class Progress(ProgressBar):
+    """One live line a run; where the output is a file, one line an evaluation."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.bar = name, None
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        text = progress.TextColumn
+        self.bar = progress.Progress(
+            text("{task.description:<8}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            text("training loss {task.fields[loss]}"),
+            text("validation {task.fields[val]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task(self.name, total=trainer.max_steps, loss="", val="")
+        self.bar.start()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step % 10 == 0 or trainer.global_step == trainer.max_steps:
+            self.bar.update(self.task, completed=trainer.global_step, loss=f"{float(outputs['loss']):.3f}")
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        if not self.bar or "val_loss" not in trainer.callback_metrics:
+            return
+        loss = f"{float(trainer.callback_metrics['val_loss']):.3f}"
+        self.bar.update(self.task, val=loss)
+        if not console.is_terminal:
+            print(f"{self.name}: step {trainer.global_step} of {trainer.max_steps}, validation loss {loss}", flush=True)
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        self.bar.stop()
+
+    def on_exception(self, trainer, pl_module, exception) -> None:
+        if self.bar:
+            self.bar.stop()
+
+
+def seconds_to(loss: float, curve: list[list[float]]) -> float | None:
+    """Seconds at which a curve first falls to ``loss``, on a straight line between evaluations; None if it does not."""
+    for i, (_, seconds, now) in enumerate(curve):
+        if now <= loss:
+            _, before, above = curve[i - 1] if i else curve[i]
+            return seconds if above == now else before + (seconds - before) * (above - loss) / (above - now)
+    return None
+
+
+def verdict(runs: list[dict]) -> list[str]:
+    """What the figures say, in sentences; also when they say that the recipe is not worth it."""
+    plain, *others = runs
+    if not others:
+        return []
+    recipe, smaller = others
+    lines = []
+    reached = seconds_to(plain["nats_per_byte"], recipe["curve"])
+    if reached is None:
+        lines.append(
+            f"The recipe did not reach the plain run's final loss: {recipe['nats_per_byte']:.3f} nats a byte "
+            f"against {plain['nats_per_byte']:.3f}, in {recipe['seconds'] / plain['seconds']:.2f} of its time."
+        )
+    else:
+        lines.append(f"The recipe reached the plain run's final loss in {reached / plain['seconds']:.2f} of its time.")
+    gap = smaller["nats_per_byte"] - recipe["nats_per_byte"]
+    blocks = f"a plain model of {smaller['layers']} blocks"
+    compared = f"{smaller['nats_per_byte']:.3f} nats a byte against {recipe['nats_per_byte']:.3f}"
+    if gap < 0:
+        lines.append(
+            f"In the recipe's time {blocks} came lower: {compared}. "
+            "At this budget the smaller model is the better buy, unless the depth itself is wanted."
+        )
+    else:
+        lines.append(f"In the recipe's time {blocks} came no lower: {compared}.")
+    lines.append("This is one seed: see --seed before a small difference is believed.")
+    return lines
+
+
+def save_report(report: dict, folder: Path) -> None:
+    """Write ``train.json`` and ``train.png``."""
+    report["verdict"] = verdict(report["runs"])
+    (folder / "train.json").write_text(json.dumps(report, indent=1) + "\n")
+    draw(report["runs"], folder / "train.png")
+
+
+def print_table(report: dict, folder: Path) -> None:
+    runs = report["runs"]
+    table = Table(title=report["text"], title_justify="left", caption_justify="left")
+    for column in ("run", "parameters", "time", "steps", "tokens/s", "peak memory", "nats/byte", "bits/byte"):
+        table.add_column(column, justify="left" if column == "run" else "right")
+    table.add_column("time to plain's loss", justify="right")
+    for run in runs:
+        reached = seconds_to(runs[0]["nats_per_byte"], run["curve"])
+        table.add_row(
+            label(run),
+            f"{run['parameters'] / 1e6:.2f} M",
+            f"{run['seconds']:.1f} s",
+            f"{run['steps']:,}",
+            f"{run['tokens_per_second']:,.0f}",
+            f"{run['peak_memory_bytes'] / 2**20:.1f} MiB",
+            f"{run['nats_per_byte']:.3f}",
+            f"{run['bits_per_byte']:.3f}",
+            "not reached" if reached is None else f"{reached:.1f} s",
+        )
+    console.print(table)
+    for line in report["verdict"]:
+        console.print(line)
+    console.print(f"Figures and curves: {folder / 'train.json'}, {folder / 'train.png'}")
+
+
+def print_sweep(results: list[dict]) -> None:
+    best = min(results, key=lambda result: result["nats_per_byte"])
+    table = Table("learning rate", "nats/byte", "time", title=f"{best['layers']} blocks, {best['steps']} steps")
+    for result in results:
+        mark = " *" if result is best else ""
+        table.add_row(f"{result['lr']:g}{mark}", f"{result['nats_per_byte']:.3f}", f"{result['seconds']:.1f} s")
+    console.print(table)
+    if best in (results[0], results[-1]):
+        console.print("The best is at the edge: sweep further before it is used.")
+
+
+def label(run: dict) -> str:
+    if run["recipe"]:
+        return f"{', '.join(run['recipe'])}, {run['layers']} blocks"
+    return f"{run['name']}, {run['layers']} blocks"
+
+
+def draw(runs: list[dict], path: Path) -> None:
+    """Validation loss against seconds of training, each curve named where it ends."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for run, colour in zip(runs, ("#555555", "#d1495b", "#30638e"), strict=False):
+        _, seconds, losses = zip(*run["curve"], strict=True)
+        axes.plot(seconds, losses, "o-", color=colour, markersize=3, linewidth=1.6)
+        axes.annotate(
+            f"{label(run)}: {losses[-1]:.3f}", (seconds[-1], losses[-1]), (6, 0), textcoords="offset points",
+            va="center", color=colour,
+        )  # fmt: skip
+    axes.axhline(runs[0]["nats_per_byte"], color="#555555", linewidth=0.8, linestyle=":")
+    axes.set(xlabel="seconds of training, evaluation left out", ylabel="validation loss, nats a byte")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", linewidth=0.4)
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)
+
+
+def environment() -> dict:
+    """What the figures depend on."""
+    versions = {dist.name: dist.version for dist in distributions()}
+    wanted = {name: version for name, version in versions.items() if name in ("torch", "lightning", "eke") or name.startswith("eke-")}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return {"device": device, "threads": torch.get_num_threads(), "python": platform.python_version(), **dict(sorted(wanted.items()))}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,212 @@
+"""Train a byte-level GPT on real text three ways, side by side, and say which was the better buy.
+
+1. plain     the model as it is, at a tuned learning rate
+2. recipe    the same with Eke techniques (--recipe)
+3. smaller   a plain shallower model for as many seconds as the recipe took: the check that keeps 2 honest
+
+Each learning rate falls to zero at its own run's end, and evaluation is not on the clock. ``python train.py --help``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import eke
+import torch
+from data import Text
+from eke import recipe as recipes
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from model import ByteGPT
+from report import Meter, Progress, environment, print_sweep, print_table, save_report
+
+EVALUATIONS = 12  # per run, at equal distances, the last one after the last step
+
+
+@dataclass
+class Run:
+    """What one training run is made of."""
+
+    name: str
+    layers: int
+    lr: float
+    steps: int
+    recipe: dict = field(default_factory=dict)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the text is in memory: workers would only cost
+    try:
+        if options.resume:
+            options = restore(options.resume)
+        text = Text(options.text, options.length, options.batch, options.seed)
+        recipe = {} if options.plain_only or options.sweep else read_recipe(options.recipe)
+        eke.trainer_kwargs(**recipe)  # an unknown technique or option should fail now, not after the plain run
+        ByteGPT(1, options.width, options.length, options.lr)
+        folder = Path(options.resume) if options.resume else new_folder(Path(options.out))
+        (folder / "options.json").write_text(json.dumps(vars(options), indent=1))
+        torch.set_num_threads(options.threads)
+        sweep(options, text, folder) if options.sweep else compare(options, text, recipe, folder)
+    except (eke.EkeError, ValueError, OSError, MisconfigurationException) as error:
+        if os.environ.get("EKE_DEBUG"):
+            raise
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def compare(options: argparse.Namespace, text: Text, recipe: dict, folder: Path) -> None:
+    """Train the three, then print the table and save table, curves and picture."""
+    plain = Run("plain", options.layers, options.lr, options.steps)
+    results = [train(plain, options, text, folder)]
+    if not options.plain_only:
+        with_recipe = Run("recipe", options.layers, options.recipe_lr or options.lr, options.steps, recipe)
+        results.append(train(with_recipe, options, text, folder))
+        smaller = Run("smaller", options.control_layers, options.control_lr, steps=0)
+        smaller.steps = steps_within(results[-1]["seconds"], smaller, options, text, folder)
+        results.append(train(smaller, options, text, folder))
+    report = {"text": text.describe(), "options": vars(options), "environment": environment(), "runs": results}
+    save_report(report, folder)
+    print_table(report, folder)
+
+
+def sweep(options: argparse.Namespace, text: Text, folder: Path) -> None:
+    """Train the plain model once for each learning rate, to find the one that the comparison should use."""
+    runs = [Run(f"lr-{lr:g}", options.layers, lr, options.steps) for lr in sorted(options.sweep)]
+    print_sweep([train(run, options, text, folder) for run in runs])
+
+
+def train(run: Run, options: argparse.Namespace, text: Text, folder: Path) -> dict:
+    """Train once and return its figures; a finished run is read back, an interrupted one goes on where it stopped."""
+    place = folder / run.name
+    if (place / "result.json").exists():
+        return json.loads((place / "result.json").read_text())
+    seed_everything(options.seed, verbose=False)  # the same first weights, where the shapes are the same
+    model = ByteGPT(run.layers, options.width, options.length, run.lr)
+    every, steps = evaluation_points(run.steps)
+    meter = Meter()
+    keep = ModelCheckpoint(place, filename="last", enable_version_counter=False, every_n_train_steps=every)
+    trainer = make_trainer(run.recipe, options, steps, every, [meter, Progress(run.name), keep])
+    last = place / "last.ckpt"
+    trainer.fit(model, text, ckpt_path=last if last.exists() else None)
+    result = {**asdict(run), "steps": steps, **meter.result(model, tokens_per_step=options.batch * options.length)}
+    (place / "result.json").write_text(json.dumps(result))
+    return result
+
+
+def make_trainer(recipe: dict, options: argparse.Namespace, steps: int, every: int, callbacks: list) -> Trainer:
+    """Put the techniques of a recipe beside the run's own callbacks, into a Trainer that is otherwise stock."""
+    techniques = eke.trainer_kwargs(**recipe)
+    callbacks = callbacks + techniques.pop("callbacks", [])
+    return Trainer(
+        max_steps=steps,
+        val_check_interval=every,
+        check_val_every_n_epoch=None,  # count steps, not epochs
+        num_sanity_val_steps=0,
+        gradient_clip_val=1.0,
+        accelerator=options.accelerator,
+        devices=1,
+        precision=options.precision,
+        callbacks=callbacks,
+        logger=False,
+        enable_model_summary=False,
+        **techniques,
+    )
+
+
+def steps_within(seconds: float, run: Run, options: argparse.Namespace, text: Text, folder: Path) -> int:
+    """How many steps of a run take ``seconds``, by timing its first few."""
+    if (folder / run.name / "steps.json").exists():  # resumed: the schedule must end where it was to end
+        return json.loads((folder / run.name / "steps.json").read_text())
+    meter = Meter()
+    trial = 30
+    trainer = make_trainer(run.recipe, options, trial, trial, [meter, Progress("timing")])
+    trainer.limit_val_batches = 0
+    trainer.fit(ByteGPT(run.layers, options.width, options.length, run.lr), text)
+    steps = max(1, round(seconds / meter.seconds_per_step()))
+    (folder / run.name).mkdir(exist_ok=True)
+    (folder / run.name / "steps.json").write_text(json.dumps(steps))
+    return steps
+
+
+def evaluation_points(steps: int) -> tuple[int, int]:
+    """Steps between evaluations, and ``steps`` rounded to a whole number of them, so that the last one ends the run."""
+    every = max(1, steps // EVALUATIONS)
+    return every, round(steps / every) * every
+
+
+def read_recipe(words: list[str]) -> dict[str, dict]:
+    """Techniques and their arguments from a YAML file, or from words: ``stacking adam8bit:block=256``."""
+    if len(words) == 1 and words[0].endswith((".yaml", ".yml")):
+        return recipes.load(words[0])
+    # stacking,adam8bit is two words as well, as long as no arguments follow
+    return recipes.parse_words([name for word in words for name in (word.split(",") if ":" not in word else [word])])
+
+
+def new_folder(out: Path) -> Path:
+    """Make the first free numbered folder below ``out``: an older run is never overwritten."""
+    number = 1
+    while (out / str(number)).exists():
+        number += 1
+    (out / str(number)).mkdir(parents=True)
+    return out / str(number)
+
+
+def restore(folder: str) -> argparse.Namespace:
+    """The options that an interrupted comparison was started with."""
+    saved = Path(folder) / "options.json"
+    if not saved.exists():
+        raise ValueError(f"{folder} holds no options.json, so nothing can be resumed. Give a folder that train.py made.")
+    return argparse.Namespace(**{**json.loads(saved.read_text()), "resume": folder})
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message}\n")  # one line; argparse would print the usage before it
+
+
+def at_least_one(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is too small. Give 1 or more.")
+    return value
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="train.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--text", help="a text file or a folder of them (default: the sources of Python's standard library)")
+    add("--recipe", nargs="+", default=["stacking"], metavar="TECHNIQUE",
+        help="technique, or technique:key=value,key=value, or one YAML file (default: %(default)s)")
+    add("--plain-only", action="store_true", help="train the plain model and nothing else")
+    add("--steps", type=at_least_one, default=1500, help="steps of plain and recipe (default: %(default)s)")
+    add("--layers", type=at_least_one, default=8, help="blocks of plain and recipe (default: %(default)s)")
+    add("--width", type=at_least_one, default=64, help="default: %(default)s")
+    add("--length", type=at_least_one, default=128, help="bytes in a window (default: %(default)s)")
+    add("--batch", type=at_least_one, default=8, help="windows in a step (default: %(default)s)")
+    add("--lr", type=float, default=4e-3, help="highest learning rate (default: %(default)s, tuned for the defaults)")
+    add("--recipe-lr", type=float, help="that of the recipe (default: --lr)")
+    add("--control-layers", type=at_least_one, default=2, help="blocks of the smaller model (default: %(default)s)")
+    add("--control-lr", type=float, default=4e-3, help="its highest learning rate (default: %(default)s, tuned)")
+    add("--sweep", type=float, nargs="+", metavar="LR", help="only try these learning rates on the plain model")
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--precision", default="32-true", help="as Trainer takes it, such as bf16-mixed (default: %(default)s)")
+    add("--accelerator", default="auto", help="as Trainer takes it (default: %(default)s)")
+    add("--threads", type=at_least_one, default=min(2, os.cpu_count() or 1), help="CPU threads (default: %(default)s)")
+    add("--out", default="runs", help="a new numbered folder is made in it (default: %(default)s)")
+    add("--resume", metavar="DIR", help="go on with an interrupted comparison; all other options come from it")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
