@@ -41,7 +41,7 @@ class CallbackContract:
     cuts: ClassVar[tuple[int, ...]] = (2, 6, 9)  # optimizer steps after which a run is killed in mid-epoch
     frozen: ClassVar[tuple[str, ...]] = ()  # patterns of weights that are meant to stay as they are
     tolerance: ClassVar[float] = 1e-5  # of weights, where sums may be taken in another order
-    extra_calls: ClassVar[int] = 60  # Python calls it may add to a step in which it has nothing to do
+    extra_calls: ClassVar[int] = 20  # Python calls it may add to a step in which it has nothing to do
     arguments: ClassVar[Mapping[str, Any]] = {}  # by which a LightningCLI builds it
     options: ClassVar[Mapping[str, Any]] = {}  # Trainer arguments of every run
     resuming: ClassVar[Mapping[str, Any]] = {}  # arguments of every check that resumes

@@ -10,52 +10,62 @@ from lightning.pytorch import Callback
 from eke.measure import OperatorCounter
 
 
-class CountCalls(Callback):
-    """Python functions entered between the ends of two batches, for each batch after the first."""
+class Count(Callback):
+    """Counts from the end of each batch to the end of the next one, within an epoch.
+
+    Attributes:
+        per_step: One number a batch, without the first of each epoch.
+    """
 
     def __init__(self) -> None:
         self.per_step: list[int] = []
-        self.count = 0
+        self.counting = False
+
+    def start(self) -> None:
+        raise NotImplementedError
+
+    def stop(self) -> int:
+        raise NotImplementedError
 
     def on_train_batch_end(self, *_: Any) -> None:
-        sys.setprofile(None)
-        self.per_step.append(self.count)
+        if self.counting:
+            self.per_step.append(self.stop())
+        self.counting = True
+        self.start()
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        if self.counting:
+            self.stop()
+        self.counting = False
+
+    on_exception = on_train_epoch_end
+
+
+class CountCalls(Count):
+    """Python functions entered."""
+
+    count = 0
+
+    def start(self) -> None:
         self.count = 0
         sys.setprofile(self.see)
 
-    def on_train_epoch_end(self, *_: Any) -> None:
-        sys.setprofile(None)  # between epochs other work is done
+    def stop(self) -> int:
+        sys.setprofile(None)
+        return self.count
 
     def see(self, frame: Any, event: str, argument: Any) -> None:
         if event == "call":
             self.count += 1
 
-    def on_exception(self, *_: Any) -> None:
-        sys.setprofile(None)
 
+class CountOperators(Count):
+    """ATen operators dispatched, those of backward and of the optimizer included."""
 
-class CountOperators(Callback):
-    """ATen operators dispatched between the ends of two batches, for each batch after the first."""
-
-    def __init__(self) -> None:
-        self.per_step: list[int] = []
+    def start(self) -> None:
         self.counter = OperatorCounter()
-        self.open = False
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.close()
-        self.per_step.append(self.counter.total)
-        self.counter.counts.clear()
         self.counter.__enter__()
-        self.open = True
 
-    def on_train_epoch_end(self, *_: Any) -> None:
-        self.close()
-
-    def on_exception(self, *_: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        if self.open:
-            self.counter.__exit__(None, None, None)
-            self.open = False
+    def stop(self) -> int:
+        self.counter.__exit__(None, None, None)
+        return self.counter.total

@@ -1,0 +1,86 @@
+import pytest
+from eke.testing import checks, faulty, shuffled
+from eke.testing.checks import Subject
+
+# The tests of the contract, each as the call that it makes.
+STOCK = {"loader": shuffled, "random": True}
+CHECKS = {
+    "trains": checks.trains,
+    "loss": checks.loss_falls,
+    "epoch end": lambda subject: checks.resumes(subject, after_epochs=2, **STOCK),
+    "mid-epoch": lambda subject: checks.resumes(subject, after_steps=9, **STOCK),
+    "random state": checks.leaves_the_random_state_alone,
+    "off": checks.changes_nothing_when_off,
+    "model as before": checks.leaves_the_model_as_it_was,
+    "record": checks.does_what_its_record_says,
+    "big batch": checks.accumulation_equals_the_big_batch,
+    "bf16": checks.trains_in_bf16,
+    "clipping": checks.clips_gradients,
+    "compile": checks.compiles,
+    "two processes": checks.ranks_equal_one_process,
+    "fails in training": lambda subject: checks.fails_cleanly(subject, "training_step"),
+    "fails in validation": lambda subject: checks.fails_cleanly(subject, "validation_step"),
+    "copies": checks.pickles_and_copies,
+    "command line": checks.a_command_line_builds_it,
+    "fits twice": checks.fits_twice_validates_and_tests,
+    "without it": checks.loads_without_it,
+    "weights only": checks.weights_only_checkpoint_loads,
+    "cost": checks.costs_nothing_when_idle,
+}
+
+# Fault: the check that has to find it, what that says, and the other checks that the fault breaks as well.
+FAULTS = [
+    (faulty.Forgets, "epoch end", "loss.*is .*, then", {"mid-epoch"}),
+    (faulty.FreezesAgain, "epoch end", r"frozen.*has 0 entries, then 1", {"mid-epoch"}),
+    (faulty.HalvesTheRate, "epoch end", "learning rate", {"mid-epoch", "fits twice"}),
+    (faulty.NeedsItself, "without it", "fails to load without it: RuntimeError", set()),
+    (faulty.DrawsGlobally, "random state", r"\['torch'\]", set()),
+    (faulty.ActsWhenOff, "off", "with it switched off:", {"cost"}),
+    (faulty.PatchesAClass, "model as before", "GELU.*forward", set()),
+    (faulty.LeaksAWrapper, "fails in training", r"blocks\.0.*forward", {"fails in validation"}),
+    (faulty.LeavesAHook, "model as before", "_forward_hooks.*is 0, then 1", set()),
+    (faulty.KeepsOtherWeights, "fails in validation", "weights after the last finished step", set()),
+    (faulty.LeavesHalfAFile, "fails in training", r"files left after.*noise\.part", {"fails in validation"}),
+    (faulty.WorksOnce, "fits twice", "already used", set()),
+    (faulty.HoldsALambda, "copies", "a new technique cannot be pickled", set()),
+    (faulty.CopiesComputeWithTheOriginal, "copies", "computes with weights that are not its own", set()),
+    (faulty.StopsTheVectors, "trains", r"did not move .*norm1\.bias", set()),
+    (faulty.ScalesEachBatch, "big batch", "weights under accumulation", set()),
+    (faulty.UndoesClipping, "clipping", "longer than gradient_clip_val=0.01", set()),
+    (faulty.DividesByZeroInBf16, "bf16", "not finite after training", set()),
+    (faulty.DiffersBetweenRanks, "two processes", "of rank 0, then of rank 1", set()),
+    (faulty.HooksInMidRun, "compile", "without torch.compile, then with it", set()),
+    (faulty.SetsTheRateSecretly, "record", "the learning rate changed", set()),
+    (faulty.TakesItsTime, "cost", r"\d+ Python calls a step more", set()),
+    (faulty.TakesAnything, "command line", "does not build it", set()),
+]
+
+
+def subject(fault):
+    if fault is faulty.TakesAnything:
+        return Subject(lambda: fault(1e-3), idle=lambda: fault(0.0), arguments={"scale": 1e-3})
+    return Subject(fault, idle=lambda: fault(scale=0))
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_sound_technique_passes(check):
+    CHECKS[check](subject(faulty.GradientNoise))
+
+
+@pytest.mark.parametrize(("fault", "check", "message", "also"), FAULTS, ids=[fault.__name__ for fault, *_ in FAULTS])
+def test_a_fault_is_found_by_the_right_check(fault, check, message, also):
+    with pytest.raises(Exception, match=f"(?s){message}") as found:
+        CHECKS[check](subject(fault))
+    assert fault is faulty.WorksOnce or "AssertionError" in found.exconly()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "check", "message", "also"), FAULTS, ids=[fault.__name__ for fault, *_ in FAULTS])
+def test_a_fault_fails_no_check_that_it_does_not_break(fault, check, message, also):
+    failed = set()
+    for name in CHECKS:
+        try:
+            CHECKS[name](subject(fault))
+        except Exception:
+            failed.add(name)
+    assert failed == {check} | also
