@@ -1,14 +1,13 @@
 import eke
 import pytest
 import torch
-from eke.testing import TechniqueContract, TinyBlocks, fit
+from eke.testing import SHAPES, TinyBlocks, assert_same, checks, fit
 from {{ cookiecutter.__module }} import {{ cookiecutter.class_name }}
 from lightning.pytorch import Callback
 
-
-class TestContract(TechniqueContract):
-    def build(self):
-        return {{ cookiecutter.class_name }}(threads=1)
+# The contract of callbacks asks for exact resuming, which no strategy gives by itself: the data order and the random
+# state come back through the callbacks of eke. So a strategy's promises are written out here.
+SUBJECT = checks.Subject(build={{ cookiecutter.class_name }})
 
 
 class Seen(Callback):
@@ -22,6 +21,35 @@ def three_threads():
     torch.set_num_threads(3)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.__name__)
+def test_it_trains_and_every_weight_moves(shape):
+    if shape.__name__ == "TinyGPT2" and checks.transformers_missing():
+        pytest.skip("transformers is not installed, so the Hugging Face shape was not trained")
+    checks.trains(checks.Subject(build={{ cookiecutter.class_name }}, model=shape))
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        checks.trains_in_bf16,
+        checks.clips_gradients,
+        checks.accumulation_equals_the_big_batch,
+        checks.does_what_its_record_says,
+        checks.leaves_the_random_state_alone,
+        checks.weights_only_checkpoint_loads,
+        checks.a_command_line_builds_it,
+    ],
+    ids=lambda check: check.__name__,
+)
+def test_it_keeps_this_promise_of_the_contract(check):
+    check(SUBJECT)
+
+
+def test_the_weights_are_those_of_lightnings_own_strategy():
+    own, plain = (fit(TinyBlocks(), *given).state["weights"] for given in ([{{ cookiecutter.class_name }}(threads=3)], []))
+    assert_same(plain, own, "weights without it, then with it and as many threads")
 
 
 def test_a_run_computes_with_its_threads_and_gives_them_back():

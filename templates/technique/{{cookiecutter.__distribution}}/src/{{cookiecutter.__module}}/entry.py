@@ -16,9 +16,6 @@ RECORD = Technique(
 {%- else %}
     effects=(),
     exactness="reordered sums",
-    exceptions={
-        "test_two_processes_equal_one": "It is a strategy for one device.",
-    },
 {%- endif %}
 )
 
