@@ -207,8 +207,18 @@ def resumes(
     assert list(resumed["steps"]) == left, (
         f"batches after the kill: {_some(left)}; the resumed run trained: {_some(list(resumed['steps']))}"
     )
-    pair = [_comparable(state, random, left) for state in (unbroken, resumed)]
+    pair = [comparable(state, random, left) for state in (unbroken, resumed)]
     assert_same(*pair, "state of the unbroken run, then of the resumed one")
+
+
+def comparable(state: dict[str, Any], random: bool, steps: list[str]) -> dict[str, Any]:
+    """The parts of a state that resuming has to give back: of the trace, the batches after the kill."""
+    unseen = set() if random else {"random state"}
+    kept = {
+        name: {key: value for key, value in state["steps"].get(name, {}).items() if key not in unseen} for name in steps
+    }
+    left_out = {"steps"} if random else {"steps", "random"}
+    return {"steps": kept, **{key: value for key, value in state.items() if key not in left_out}}
 
 
 def loads_without_it(subject: Subject) -> str | None:
@@ -351,7 +361,7 @@ def pickles_and_copies(subject: Subject) -> None:
         twin = _try(name, "a new technique", duplicate, technique)
         states = [subject.fit(subject.model(), one).state for one in (technique, twin)]
         assert_same(*states, f"state after a run with the technique, then with one {name}")
-    watch = _CopyInMidRun()
+    watch, technique = _CopyInMidRun(), subject.build()
     done = subject.fit(subject.model(), technique, callbacks=[watch])
     assert watch.problem is None, watch.problem
     for name, duplicate in (("pickled", _pickled), ("deep-copied", copy.deepcopy)):
@@ -413,7 +423,7 @@ class _LastWeights(Callback):
 
 
 class _CopyInMidRun(Callback):
-    """Copies the model in mid-run and makes first the copy's weights NaN, then the model's: neither may see the other."""
+    """Copies the model in mid-run and makes first the copy's weights NaN, then its own: neither may see the other."""
 
     problem: str | None = None
 
@@ -503,16 +513,6 @@ def _assert_untouched(plain: LightningModule, model: LightningModule, when: str)
     shared = [name for name in without if name in with_it]
     pair = [{name: stands[name] for name in shared} for stands in (without, with_it)]
     assert_same(*pair, f"how the model's modules stand {when} without it, then with it")
-
-
-def _comparable(state: dict[str, Any], random: bool, steps: list[str]) -> dict[str, Any]:
-    """The parts of a state that resuming has to give back: of the trace, the batches after the kill."""
-    unseen = set() if random else {"random state"}
-    kept = {
-        name: {key: value for key, value in state["steps"].get(name, {}).items() if key not in unseen} for name in steps
-    }
-    left_out = {"steps"} if random else {"steps", "random"}
-    return {"steps": kept, **{key: value for key, value in state.items() if key not in left_out}}
 
 
 def _command_line(subject: Subject) -> None:

@@ -12,6 +12,7 @@ import pytest
 from eke.testing import checks
 from eke.testing.data import shuffled
 from eke.testing.models import SHAPES, STEPS, TinyBlocks, TinyGPT2, TinyModel
+from eke.testing.plugin import EXCEPTED
 from eke.testing.run import EPOCHS
 
 
@@ -165,7 +166,7 @@ class CallbackContract:
         """Skip a test that the technique excepts, with the sentence why."""
         name = request.function.__name__
         if name in self.all_exceptions():
-            pytest.skip(f"excepted: {self.all_exceptions()[name]}")
+            pytest.skip(f"{EXCEPTED}{self.all_exceptions()[name]}")
 
     @classmethod
     def items(cls) -> list[str]:

@@ -75,10 +75,15 @@ class Forgets(GradientNoise):
 class FreezesAgain(GradientNoise):
     """Freezes the embedding for the first epoch; resumed later, it freezes it and nothing thaws it."""
 
-    technique = Technique(name="freezes_again", kind="callback", effects=("changes requires_grad", "changes gradients"))
+    technique = Technique(
+        name="freezes_again",
+        kind="callback",
+        effects=("changes requires_grad", "changes gradients"),
+        exactness="model-changing",
+    )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.embed.requires_grad_(False)
+        pl_module.embed.requires_grad_(self.scale == 0)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.current_epoch == 1:
@@ -98,14 +103,17 @@ class HalvesTheRate(GradientNoise):
 
 
 class NeedsItself(GradientNoise):
-    """Writes the weights under names of its own, and gives nobody a reason."""
+    """Adds a buffer to the model and gives no manifest: without it the checkpoint's keys do not fit."""
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["state_dict"] = {f"noisy.{name}": weight for name, weight in checkpoint["state_dict"].items()}
+    technique = Technique(
+        name="needs_itself",
+        kind="callback",
+        effects=("changes module tree", "changes gradients"),
+        exactness="model-changing",
+    )
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        weights = {name.removeprefix("noisy."): weight for name, weight in checkpoint["state_dict"].items()}
-        pl_module.load_state_dict(weights)
+    def alter_model(self, pl_module: LightningModule) -> None:
+        pl_module.register_buffer("noise_level", torch.zeros(1))
 
 
 # Leaving things alone
@@ -115,8 +123,9 @@ class DrawsGlobally(GradientNoise):
     """Draws its noise from the global random state."""
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        for weight in pl_module.parameters():
-            weight.grad.add_(torch.randn_like(weight), alpha=self.scale)
+        if self.scale:
+            for weight in pl_module.parameters():
+                weight.grad.add_(torch.randn_like(weight), alpha=self.scale)
 
 
 class ActsWhenOff(GradientNoise):
@@ -124,7 +133,7 @@ class ActsWhenOff(GradientNoise):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        for weight in pl_module.parameters():
+        for weight in pl_module.parameters() if self.scale == 0 else ():
             weight.grad.copy_(weight.grad.bfloat16())
 
 
@@ -157,7 +166,10 @@ class KeepsOtherWeights(GradientNoise):
     """Validates with rounded weights, and puts the true ones back only where validation ends well."""
 
     technique = Technique(
-        name="keeps_other_weights", kind="callback", effects=("changes gradients", "replaces weights-at-eval")
+        name="keeps_other_weights",
+        kind="callback",
+        effects=("changes gradients", "replaces weights-at-eval"),
+        exactness="model-changing",
     )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -172,7 +184,7 @@ class LeavesHalfAFile(GradientNoise):
     """Writes a file while it trains, and gives it its name at the end."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.path = Path(trainer.default_root_dir, "noise.part")
+        self.path = Path(trainer.default_root_dir, f"noise-{trainer.global_rank}.part")
         self.path.write_text("begun")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -182,9 +194,14 @@ class LeavesHalfAFile(GradientNoise):
 class WorksOnce(GradientNoise):
     """Keeps what the first run left, and stumbles over it in the second."""
 
+    used = False
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.rounds:
+        if self.used:
             raise RuntimeError("already used")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.used = True
 
 
 class HoldsALambda(GradientNoise):
@@ -199,7 +216,7 @@ class CopiesComputeWithTheOriginal(GradientNoise):
     """Wraps a forward in a closure, so that a deep copy of the model runs the original's block."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for module in pl_module.modules():
+        for module in pl_module.modules() if self.scale else ():
             if isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm):
                 original = module.forward
                 module.forward = lambda x, original=original: original(x)
@@ -216,7 +233,7 @@ class StopsTheVectors(GradientNoise):
     """Clears the gradient of everything that is not a matrix."""
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        for weight in pl_module.parameters():
+        for weight in pl_module.parameters() if self.scale else ():
             if weight.ndim < 2:
                 weight.grad.zero_()
 
@@ -225,7 +242,7 @@ class ScalesEachBatch(GradientNoise):
     """Scales the gradient after each backward, so that accumulated parts are scaled again and again."""
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for weight in pl_module.parameters():
+        for weight in pl_module.parameters() if self.scale else ():
             weight.grad.mul_(0.9)
 
 
@@ -245,7 +262,7 @@ class DividesByZeroInBf16(GradientNoise):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         dtype = torch.bfloat16 if trainer.precision == "bf16-mixed" else torch.float32
         step = torch.tensor(1.001, dtype=dtype) - 1
-        for weight in pl_module.parameters():
+        for weight in pl_module.parameters() if self.scale else ():
             weight.grad.mul_(1e-3 / step.float())
 
 
@@ -262,7 +279,7 @@ class HooksInMidRun(GradientNoise):
     handle: Any = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == 4:
+        if trainer.global_step == 4 and self.scale:
             self.handle = pl_module.blocks[0].mlp.register_forward_hook(_half)
 
     def restore_model(self, pl_module: LightningModule) -> None:
@@ -275,7 +292,7 @@ class SetsTheRateSecretly(GradientNoise):
     """Changes the learning rate, which its record does not declare."""
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        for group in optimizer.param_groups:
+        for group in optimizer.param_groups if self.scale else ():
             group["lr"] = group["lr"] * 0.5
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
-from eke import registry
+from eke import ConflictError, registry
 from eke.testing.compare import checksum, copied, random_state
 from eke.testing.data import BATCH, Loader
 from eke.testing.models import STEPS, tensors
@@ -99,7 +100,10 @@ def make_trainer(
     for technique in techniques:
         argument = registry.trainer_argument(technique)
         if argument == "strategy":
-            given["strategy"] = technique
+            if argument in given:
+                names = f"{type(given[argument]).__name__} and {type(technique).__name__}"
+                raise ConflictError(f"{names} are both strategies, and a Trainer takes one. Leave one out.")
+            given[argument] = technique
         else:
             given[argument].append(technique)
     given["callbacks"] += callbacks
@@ -139,17 +143,17 @@ def resume(
 
     Args:
         model: Builds the model; called with ``seed``.
-        build: Builds the technique.
+        build: Builds the technique, or a list of several.
         after_epochs: Die once the checkpoint at the end of this many epochs is written, or
         after_steps: once the checkpoint after this many optimizer steps is written, or
         after_batches: once one after this many batches is written, which may be within an accumulation window.
         options: For :func:`fit`.
     """
     cut = {"after_epochs": after_epochs, "after_steps": after_steps, "after_batches": after_batches}
-    unbroken = run_alone(lambda: fit(model(seed=0), build(), **options).state)
+    unbroken = run_alone(lambda: fit(model(seed=0), *_listed(build()), **options).state)
     with tempfile.TemporaryDirectory() as folder:
         ckpt = interrupt(folder, model, build, **cut, **options)
-        resumed = run_alone(lambda: fit(model(seed=1), build(), seed=1, ckpt=ckpt, **options).state)
+        resumed = run_alone(lambda: fit(model(seed=1), *_listed(build()), seed=1, ckpt=ckpt, **options).state)
     return unbroken, resumed
 
 
@@ -172,7 +176,7 @@ def interrupt(
     else:
         save = SaveAfter(ckpt, after_batches)
     callbacks = [*options.pop("callbacks", ()), save, PowerCut(ckpt)]
-    end = run_alone(lambda: fit(model(seed=0), build(), callbacks=callbacks, **options).state)
+    end = run_alone(lambda: fit(model(seed=0), *_listed(build()), callbacks=callbacks, **options).state)
     if end is not None or not ckpt.exists():
         raise AssertionError("the run ended before its checkpoint was written.")
     return ckpt
@@ -251,6 +255,10 @@ class Recorder(Callback):
         return {"steps": self.steps, "weights": weights, **self.end}
 
 
+def _listed(built: object) -> list[object]:
+    return built if isinstance(built, list) else [built]
+
+
 def _training_state(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Leave out of a checkpoint what differs between two equal runs: counters of loops, arguments, paths."""
     other = (
@@ -272,11 +280,8 @@ def seed_everything(seed: int) -> None:
     """Seed torch, random and numpy. Lightning's own function would leave a trace in the environment."""
     torch.manual_seed(seed)
     random.seed(seed)
-    try:
-        import numpy
-    except ImportError:
-        return
-    numpy.random.seed(seed)
+    if "numpy" in sys.modules:  # torch and Lightning work without it
+        sys.modules["numpy"].random.seed(seed)
 
 
 @contextmanager

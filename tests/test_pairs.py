@@ -1,0 +1,18 @@
+from itertools import combinations
+
+import eke
+import pytest
+from eke.testing import build_example, check_pair
+
+PAIRS = list(combinations(eke.available(), 2))
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS, ids=["+".join(pair) for pair in PAIRS])
+def test_two_techniques_give_one_result_in_both_orders_or_say_why_not(first, second):
+    refusal = check_pair(lambda: build_example(first), lambda: build_example(second))
+    assert refusal is None or first in refusal.lower() or second in refusal.lower() or " " in refusal
+
+
+@pytest.mark.parametrize("name", eke.available())
+def test_every_technique_can_be_built_from_its_example(name):
+    assert type(build_example(name)).technique == eke.get(name)
