@@ -1,13 +1,48 @@
 dists  := core $(patsubst %/pyproject.toml,%,$(wildcard callbacks/*/pyproject.toml plugins/*/pyproject.toml strategies/*/pyproject.toml))
 python := .venv/bin/python
+pip    := $(python) -m pip install --quiet --disable-pip-version-check
+
+.PHONY: train test test-gpu test-slow isolated certify table format lint clean
 
 # The main job: train on the standard library's own source, side by side. Options: make train ARGS="--text notes.txt --plain-only"
-.PHONY: train
 train: .venv/ready
 	$(python) "templates/project/{{cookiecutter.folder}}/train.py" $(ARGS)
 
+# Everything but what needs a GPU or takes minutes. One file: make test ARGS=core/tests/test_spec.py
+test: .venv/ready
+	OMP_NUM_THREADS=1 $(python) -m pytest $(ARGS)
+
+test-gpu: .venv/ready
+	$(python) -m pytest -m gpu $(ARGS)
+
+test-slow: .venv/ready
+	OMP_NUM_THREADS=1 $(python) -m pytest -m slow $(ARGS)
+
+# Each distribution from its wheel, in an environment that holds only what it declares.
+isolated: .venv/ready
+	OMP_NUM_THREADS=1 $(python) tools/isolated.py $(or $(ARGS),$(dists))
+
+# Run each technique's contract and write what it passed into its package, for eke list to show.
+certify: .venv/ready
+	for folder in $(filter-out core,$(dists)); do OMP_NUM_THREADS=1 $(python) -m pytest -q --certify $$folder/tests || exit 1; done
+
+# The table of techniques in README.md, from metadata, records and stored measurements.
+table: .venv/ready
+	$(python) tools/readme_table.py
+
+format: .venv/ready
+	$(python) -m ruff check --fix .
+	$(python) -m ruff format .
+
+lint: .venv/ready
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+
+clean:
+	rm -rf .venv .isolated
+
 .venv/ready: requirements.txt $(dists:=/pyproject.toml)
 	python3 -m venv .venv
-	$(python) -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(python) -m pip install --quiet --disable-pip-version-check --no-build-isolation $(addprefix -e ,$(dists))
+	$(pip) -r requirements.txt
+	$(pip) --no-build-isolation $(addprefix -e ,$(dists))
 	touch $@
