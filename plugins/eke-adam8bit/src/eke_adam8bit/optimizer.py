@@ -116,7 +116,7 @@ def compiled(device: str, dtype: torch.dtype, coupled: bool) -> tuple[Callable[.
         try:
             function = torch.compile(update, fullgraph=True, options=options)
             blocks = 8192  # the compiler plans its threads for this size
-            p, g = torch.zeros(2, blocks, BLOCK, dtype=dtype, device=device)
+            p, g = (torch.zeros(blocks, BLOCK, dtype=dtype, device=device) for _ in range(2))
             m8, r8 = (torch.zeros(blocks, BLOCK, dtype=code, device=device) for code in (torch.int8, torch.uint8))
             scales = torch.zeros(2, blocks, device=device)
             for tensor in (p, g, m8, r8):
@@ -374,11 +374,10 @@ def _knobs(step: int, group: dict[str, Any]) -> Tensor:
 
 def _blocks(x: Tensor) -> Tensor:
     """``x`` as (blocks, BLOCK): a view where it is contiguous and comes out even, else a copy with zeros behind."""
-    flat = x.detach().reshape(-1)
     missing = -x.numel() % BLOCK
-    if missing:
-        flat = torch.nn.functional.pad(flat, (0, missing))
-    return flat.view(-1, BLOCK)
+    if not missing and x.is_contiguous():
+        return x.detach().view(-1, BLOCK)
+    return torch.nn.functional.pad(x.detach().reshape(-1), (0, missing)).view(-1, BLOCK)
 
 
 def _full(dtype: torch.dtype) -> torch.dtype:
