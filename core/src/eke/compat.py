@@ -13,7 +13,7 @@ __all__ = [
     "MemTracker",
     "batch_hook_owner",
     "batches_done",
-    "batches_in_epoch",
+    "combined_loader",
     "epoch_of_next_batch",
     "leave_finished_epoch",
     "parse_optimizers",
@@ -42,6 +42,11 @@ def epoch_of_next_batch(trainer: Trainer) -> int:
     return epoch.processed + int(trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and not counted)
 
 
+def combined_loader(trainer: Trainer) -> Any:
+    """The iterator over all train loaders of a run."""
+    return trainer.fit_loop._combined_loader
+
+
 def leave_finished_epoch(trainer: Trainer) -> None:
     """Let a run with ``max_steps`` that resumes from an epoch's end begin the next epoch.
 
@@ -53,11 +58,6 @@ def leave_finished_epoch(trainer: Trainer) -> None:
         loop._restarting = False  # the public setter keeps it True whenever max_steps is given
         loop.epoch_loop.restarting = False
         loop.reset_restart_stage()
-
-
-def batches_in_epoch(trainer: Trainer) -> int | float:
-    """Length of this epoch in batches; infinite where the data has no length."""
-    return trainer.num_training_batches
 
 
 def batch_hook_owner(trainer: Trainer, pl_module: LightningModule) -> object:

@@ -417,7 +417,7 @@ class Coordinator(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         compat.leave_finished_epoch(trainer)
-        self.position.start()
+        self.position.start(trainer)
         if self._gradients:
             checkpoints.set_gradients(pl_module, self._gradients)
             self._gradients = {}

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from eke import compat
 from eke.seams.state import rng_state, set_rng_state
@@ -53,23 +53,28 @@ class Position:
         return {
             "epoch": compat.epoch_of_next_batch(trainer),
             "loaders": [
-                {
-                    # One loader may have been read ahead of the batch in work; several cannot be.
-                    "used": used if used == 0 or len(self.places) == 1 else place.yielded,
-                    "begun": place.begun if used else None,
-                    "generators": _generator_states(place.loader),
-                }
+                {"begun": place.begun if used else None, "generators": _generator_states(place.loader)}
                 for place in self.places
             ],
+            "used": used,
             "rng": rng_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         self.pending = state
 
-    def start(self) -> None:
-        """Called when training starts: what no loader of ours took up is put back here."""
-        if self.pending is not None and not self.places:
+    def start(self, trainer: Trainer) -> None:
+        """Called when training starts: puts back what the loaders could not take up each by itself."""
+        if self.pending is None:
+            return
+        if len(self.places) > 1 and self.pending["used"]:
+            # Several loaders draw in turns from one random state, so they are replayed in turns.
+            together = compat.combined_loader(trainer)
+            for _ in range(self.pending["used"]):
+                next(together)
+            for place, saved in zip(self.places, self.pending["loaders"], strict=False):
+                _set_random(place.loader, self.pending["rng"], saved["generators"])
+        elif not self.places:
             set_rng_state(self.pending["rng"])
         self.pending = None
 
@@ -81,7 +86,6 @@ class _Place:
         self.loader = loader
         self.position = position
         self.begun: dict[str, Any] | None = None  # random state with which the running iterator was made
-        self.yielded = 0
 
     def saved(self) -> dict[str, Any] | None:
         """This loader's part of a checkpoint that waits to be taken up."""
@@ -90,7 +94,7 @@ class _Place:
             return None
         number = self.position.places.index(self)
         loaders = pending["loaders"]
-        return loaders[number] if number < len(loaders) else {"used": 0, "begun": None, "generators": []}
+        return loaders[number] if number < len(loaders) else {"begun": None, "generators": []}
 
 
 class _Resumable(DataLoader):  # a DataLoader itself, or an instance could not change to it: layouts would differ
@@ -106,21 +110,20 @@ class _Resumable(DataLoader):  # a DataLoader itself, or an instance could not c
                 sampler.set_epoch(pending["epoch"])  # Lightning does so only after the iterator exists
         if pending["epoch"] > 0 and self.num_workers > 0 and self.persistent_workers:
             super().__iter__()  # such workers are started once: their first seed was drawn in an earlier epoch
-        if saved["begun"] is None:
-            _set_random(self, pending["rng"], saved["generators"])
-            return self._begin()
-        _set_random(self, saved["begun"]["rng"], saved["begun"]["generators"])
+        begun = saved["begun"] or {"rng": pending["rng"], "generators": saved["generators"]}
+        places = self.eke_place.position.places
+        # The first loader's iterator starts from the saved state, the others' follow it in the same stream.
+        _set_random(self, begun["rng"] if places[0] is self.eke_place else None, begun["generators"])
         iterator = self._begin()
-        for _ in range(saved["used"]):
-            next(iterator)
-        _set_random(self, pending["rng"], saved["generators"])
+        if saved["begun"] is not None and len(places) == 1:
+            for _ in range(pending["used"]):
+                next(iterator)
+            _set_random(self, pending["rng"], saved["generators"])
         return iterator
 
     def _begin(self) -> Iterator[Any]:
-        place = self.eke_place
-        place.begun = {"rng": rng_state(), "generators": _generator_states(self)}
-        place.yielded = 0
-        return _count(super().__iter__(), place)
+        self.eke_place.begun = {"rng": rng_state(), "generators": _generator_states(self)}
+        return super().__iter__()
 
     # Lightning asks for these two before it believes that a loader can be resumed in mid-epoch. The state itself
     # lies with Eke's own, because Lightning does not hand it back at an epoch's end.
@@ -134,12 +137,6 @@ class _Resumable(DataLoader):  # a DataLoader itself, or an instance could not c
 _classes: dict[type[DataLoader], type[DataLoader]] = {}
 
 
-def _count(iterator: Iterator[Any], place: _Place) -> Iterator[Any]:
-    for batch in iterator:
-        place.yielded += 1
-        yield batch
-
-
 def _generators(loader: DataLoader) -> list[torch.Generator]:
     """Generators of the user's own that the loader draws from, each once."""
     owners = (loader, loader.sampler, getattr(loader.batch_sampler, "sampler", None))
@@ -151,8 +148,9 @@ def _generator_states(loader: DataLoader) -> list[torch.Tensor]:
     return [generator.get_state() for generator in _generators(loader)]
 
 
-def _set_random(loader: DataLoader, state: dict[str, Any], generators: Sequence[torch.Tensor]) -> None:
-    set_rng_state(state)
+def _set_random(loader: DataLoader, state: dict[str, Any] | None, generators: Sequence[torch.Tensor]) -> None:
+    if state is not None:
+        set_rng_state(state)
     for generator, own in zip(_generators(loader), generators, strict=False):
         generator.set_state(own)
 
@@ -205,7 +203,7 @@ def use_policy(
     Raises:
         ValueError: the loader has no batch sampler with a sampler, as with iterable datasets.
     """
-    if getattr(loader.batch_sampler, "sampler", None) is None:
+    if getattr(loader.batch_sampler, "sampler", None) is None or isinstance(loader.dataset, IterableDataset):
         raise ValueError(
             f"{type(loader).__name__} over {type(loader.dataset).__name__} has no sampler that could be replaced: "
             "choosing samples needs a map-style dataset with an ordinary batch sampler."
