@@ -299,6 +299,8 @@ class AdamW8bit(Optimizer):
         Raises:
             ValueError: state of another kind of optimizer.
         """
+        for state in state_dict["state"].values():
+            _check_state(state)
         super().load_state_dict(state_dict)
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         own = chain.from_iterable(group["params"] for group in self.param_groups)
@@ -307,18 +309,22 @@ class AdamW8bit(Optimizer):
                 # torch has cast every tensor to the parameter's dtype: codes and scales have to keep theirs.
                 self.state[p] = self._adopt(p, state_dict["state"][key], self.state[p]["step"])
 
+    def state_dict_32bit(self) -> dict[str, Any]:
+        """State that ``torch.optim.Adam`` and ``AdamW`` can load: the way back."""
+        given = self.state_dict()
+        numbered = chain.from_iterable(group["params"] for group in given["param_groups"])
+        params = dict(zip(numbered, chain.from_iterable(group["params"] for group in self.param_groups), strict=True))
+        wide = {
+            key: {"step": state["step"], **_widen(params[key], state)} if "scales" in state else state
+            for key, state in given["state"].items()
+        }
+        return {**given, "state": wide}
+
     def _adopt(self, p: Tensor, saved: dict[str, Any], step: Tensor) -> dict[str, Tensor]:
         names = set(saved) - {"step"}
-        if names not in ({"exp_avg", "exp_avg_sq"}, {"exp_avg_8bit", "exp_avg_sq_8bit", "scales"}):
-            raise ValueError(
-                f"AdamW8bit loads its own state and that of Adam and AdamW without amsgrad; this one holds "
-                f"{', '.join(sorted(names))}. Start with a new optimizer."
-            )
         state = {name: saved[name].to(p.device, copy=True) for name in sorted(names)}
         if "scales" in state and not self.quantizes(p):
-            m, r = decode(state["exp_avg_8bit"], state["exp_avg_sq_8bit"], state["scales"])
-            full = [x.view(-1)[: p.numel()].view(p.shape).to(_full(p.dtype)) for x in (m, r * r)]
-            state = {"exp_avg": full[0], "exp_avg_sq": full[1]}
+            state = _widen(p, state)
         elif "exp_avg" in state and self.quantizes(p):
             m, v = (_blocks(state[name].float()) for name in ("exp_avg", "exp_avg_sq"))
             m8, r8, *scales = encode(m, v)
@@ -327,6 +333,22 @@ class AdamW8bit(Optimizer):
         elif "exp_avg" in state:
             state = {name: value.to(_full(p.dtype)) for name, value in state.items()}
         return {"step": step.clone(), **state}
+
+
+def _widen(p: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The two moments of ``p`` in 32 bits."""
+    m, r = decode(state["exp_avg_8bit"], state["exp_avg_sq_8bit"], state["scales"])
+    m, v = (x.view(-1)[: p.numel()].view(p.shape).to(_full(p.dtype)) for x in (m, r * r))
+    return {"exp_avg": m, "exp_avg_sq": v}
+
+
+def _check_state(state: dict[str, Any]) -> None:
+    names = set(state) - {"step"}
+    if names not in (set(), {"exp_avg", "exp_avg_sq"}, {"exp_avg_8bit", "exp_avg_sq_8bit", "scales"}):
+        raise ValueError(
+            f"AdamW8bit loads its own state and that of Adam and AdamW without amsgrad; this one holds "
+            f"{', '.join(sorted(names))}. Start with a new optimizer."
+        )
 
 
 def state_bytes(optimizer: Optimizer) -> int:
