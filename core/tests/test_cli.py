@@ -50,7 +50,7 @@ def eke_technique():
 
 CERTIFICATE = {
     "date": "2026-11-24",
-    "versions": {"torch": "2.13.0", "lightning": "2.6.6"},
+    "versions": {"torch": "2.13.0+cpu", "lightning": "2.6.6"},
     "strategies": ["single device", "ddp"],
     "precisions": ["32-true", "bf16-mixed"],
 }
@@ -193,7 +193,7 @@ def test_info_tells_the_record_the_arguments_the_exceptions_and_the_certificate(
         "",
         "Certificate",
         "date 2026-11-24",
-        "versions torch 2.13.0, lightning 2.6.6",
+        "versions torch 2.13.0+cpu, lightning 2.6.6",
         "strategies single device, ddp",
         "precisions 32-true, bf16-mixed",
     ]

@@ -36,6 +36,6 @@ def short(entry: EntryPoint) -> str:
         return "none"
     versions = certificate.get("versions", {})
     where = [f"passed {str(certificate.get('date', ''))[:7]}".strip()]
-    where += [f"{name} {versions[name]}" for name in ("torch", "lightning") if name in versions]
+    where += [f"{name} {versions[name].partition('+')[0]}" for name in ("torch", "lightning") if name in versions]
     what = [", ".join(certificate[key]) for key in ("strategies", "precisions") if certificate.get(key)]
     return ": ".join(filter(None, [", ".join(where), "; ".join(what)]))

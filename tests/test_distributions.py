@@ -1,0 +1,186 @@
+"""Facts that hold for every distribution in this repository, read from its files."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import eke
+import pytest
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+REPO = Path(__file__).parents[1]
+KINDS = {"callbacks": "callback", "plugins": "plugin", "strategies": "strategy"}
+TECHNIQUES = sorted(file.parent for kind in KINDS for file in REPO.glob(f"{kind}/*/pyproject.toml"))
+FILES = ["pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "benchmark.py"]
+SECTIONS = ["What it does", "Arguments", "When not to use it", "Works with", "Source"]
+DONE_WITHOUT = {"eke": {"numpy", "transformers"}}  # used where they happen to be installed
+IMPORTED_AS = {"pyyaml": "yaml"}  # distributions whose import has another name
+
+technique = pytest.mark.parametrize("folder", TECHNIQUES, ids=lambda folder: folder.name)
+distribution = pytest.mark.parametrize("folder", [REPO / "core", *TECHNIQUES], ids=lambda folder: folder.name)
+
+
+def project(folder):
+    return tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+
+
+def stem(folder):
+    return folder.name.removeprefix("eke-").replace("-", "_")
+
+
+def package(folder):
+    return folder / "src" / ("eke" if folder.name == "core" else f"eke_{stem(folder)}")
+
+
+def requirements(folder, extras=True):
+    written = project(folder)
+    optional = written.get("optional-dependencies", {}).values() if extras else []
+    return [*written["dependencies"], *(one for group in optional for one in group)]
+
+
+def imports(file):
+    """Top-level names that a file imports, with whether the import stands at the top of the file."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [node.module]
+        else:
+            continue
+        for name in names:
+            yield name.partition(".")[0], node in tree.body
+
+
+@technique
+def test_folder_distribution_import_and_entry_point_have_one_name(folder):
+    written = project(folder)
+    assert written["name"] == folder.name
+    assert written["entry-points"]["eke"] == {stem(folder): f"eke_{stem(folder)}.entry"}
+    assert (package(folder) / "py.typed").exists()
+    assert [path.name for path in (folder / "src").iterdir() if path.is_dir()] == [f"eke_{stem(folder)}"]
+
+
+@technique
+def test_the_kind_is_that_of_the_folder_in_keywords_record_and_file_name(folder):
+    kind = KINDS[folder.parent.name]
+    assert project(folder)["keywords"] == ["eke", kind]
+    assert eke.get(stem(folder)).kind == kind
+    assert (package(folder) / f"{kind}.py").exists()
+
+
+@technique
+@pytest.mark.parametrize("file", FILES)
+def test_every_technique_has(folder, file):
+    assert (folder / file).exists()
+
+
+@technique
+def test_the_changelog_names_the_version(folder):
+    assert f"## {project(folder)['version']}" in (folder / "CHANGELOG.md").read_text()
+
+
+@technique
+def test_the_licence_is_that_of_the_repository(folder):
+    assert project(folder)["license"] == "Apache-2.0"
+    assert (folder / "LICENSE").read_text().strip() == (REPO / "LICENSE").read_text().strip()
+
+
+@technique
+def test_the_readme_has_the_sections_of_the_house_in_their_order(folder):
+    lines = (folder / "README.md").read_text().splitlines()
+    headings = [line.removeprefix("## ") for line in lines if line.startswith("## ")]
+    assert [heading for heading in headings if heading in SECTIONS] == SECTIONS
+    assert lines[0] == f"# {folder.name}"
+    assert f"    pip install {folder.name}" in lines
+
+
+@technique
+def test_the_readme_names_every_argument(folder):
+    from eke.cli.info import arguments
+
+    text = (folder / "README.md").read_text().partition("## Arguments")[2].partition("\n## ")[0]
+    for argument, _ in arguments(eke.get(stem(folder)).resolve()):
+        name = re.match(r"\**(\w+)", argument)[1]
+        assert f"`{name}`" in text, f"## Arguments of {folder.name} does not name {name}"
+
+
+@technique
+def test_every_argument_has_its_line_in_the_docstring(folder):
+    from eke.cli.info import arguments
+
+    silent = [argument for argument, text in arguments(eke.get(stem(folder)).resolve()) if not text]
+    assert not silent
+
+
+@distribution
+def test_every_import_is_declared_and_unconditional_ones_are_no_extras(folder):
+    def names(required):
+        stems = {re.match(r"[\w.-]+", one)[0].lower() for one in required}
+        return {IMPORTED_AS.get(one, one).replace("-", "_") for one in stems}
+
+    always, optional = names(requirements(folder, extras=False)), names(requirements(folder))
+    own = package(folder).name
+    for file in package(folder).rglob("*.py"):
+        if "_templates" in file.parts:
+            continue
+        kit = "testing" in file.parts and own == "eke"  # eke[testing] as a whole is an extra
+        for name, at_top in imports(file):
+            allowed = (always if at_top and not kit else optional) | {own} | sys.stdlib_module_names
+            allowed |= set() if at_top else DONE_WITHOUT.get(own, set())
+            assert name in allowed, f"{file.relative_to(REPO)} imports {name}, which pyproject.toml does not declare"
+
+
+@technique
+def test_no_technique_imports_or_requires_another(folder):
+    others = {f"eke_{stem(other)}" for other in TECHNIQUES if other != folder}
+    for file in package(folder).rglob("*.py"):
+        assert not others & {name for name, _ in imports(file)}, file
+    required = {re.match(r"[\w.-]+", one)[0] for one in requirements(folder)}
+    assert not required & {other.name for other in TECHNIQUES}
+
+
+@technique
+def test_the_entry_imports_only_eke(folder):
+    assert {name for name, _ in imports(package(folder) / "entry.py")} <= {"eke", "__future__"}
+
+
+@distribution
+def test_dependencies_are_ranges(folder):
+    pinned = [one for one in requirements(folder) if re.search(r"===?|~=", one)]
+    bare = [one for one in project(folder)["dependencies"] if not re.search(r">=", one)]
+    assert not pinned
+    assert not bare
+
+
+@technique
+def test_the_ranges_of_the_house_are_kept(folder):
+    written = project(folder)["dependencies"]
+    assert "eke>=0.1,<1" in written
+    assert {"lightning>=2.6", "lightning>=2.6,<2.7"} & set(written)
+    assert "torch>=2.10" in written
+    assert project(folder)["requires-python"] == ">=3.10"
+
+
+@technique
+def test_record_and_class_point_at_each_other(folder):
+    record = eke.get(stem(folder))
+    assert isinstance(record.factory, str)
+    assert record.factory.partition(":")[0].partition(".")[0] == package(folder).name
+    assert record.resolve().technique is record
+
+
+@technique
+def test_names_in_conflicts_and_after_are_those_of_known_techniques(folder):
+    record = eke.get(stem(folder))
+    known = {stem(other) for other in TECHNIQUES}
+    assert {*record.conflicts, *record.after} <= known - {record.name}
+
+
+def test_no_technique_is_left_out_of_the_installed_ones():
+    assert {stem(folder) for folder in TECHNIQUES} <= eke.available().keys()
