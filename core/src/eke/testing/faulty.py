@@ -113,7 +113,8 @@ class NeedsItself(GradientNoise):
     )
 
     def alter_model(self, pl_module: LightningModule) -> None:
-        pl_module.register_buffer("noise_level", torch.zeros(1))
+        if self.scale:
+            pl_module.register_buffer("noise_level", torch.zeros(1))
 
 
 # Leaving things alone
@@ -260,9 +261,11 @@ class DividesByZeroInBf16(GradientNoise):
     """Computes ``1.001 - 1`` in the precision of the run, which in bfloat16 is 0."""
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self.scale == 0:
+            return
         dtype = torch.bfloat16 if trainer.precision == "bf16-mixed" else torch.float32
         step = torch.tensor(1.001, dtype=dtype) - 1
-        for weight in pl_module.parameters() if self.scale else ():
+        for weight in pl_module.parameters():
             weight.grad.mul_(1e-3 / step.float())
 
 
@@ -270,7 +273,8 @@ class DiffersBetweenRanks(GradientNoise):
     """Draws other noise on each rank, so that the weights drift apart."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.generator.manual_seed(trainer.global_rank)
+        if self.rounds == 0:
+            self.generator.manual_seed(trainer.global_rank)
 
 
 class HooksInMidRun(GradientNoise):

@@ -234,7 +234,9 @@ class Recorder(Callback):
     ) -> None:
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         self.now["loss"] = None if loss is None else float(loss)
-        gradients = [weight.grad.detach().norm() for weight in model.parameters() if weight.grad is not None]
+        # Only of weights that an optimizer steps: nobody clears the gradients of others, they are no training state.
+        stepped = [weight for one in trainer.optimizers for group in one.param_groups for weight in group["params"]]
+        gradients = [weight.grad.detach().norm() for weight in stepped if weight.grad is not None]
         self.now["gradient norm"] = float(torch.stack(gradients).norm()) if gradients else None
         self.weights = {name: tensor.detach().clone() for name, tensor in tensors(model)}
 

@@ -1,0 +1,135 @@
+import json
+import subprocess
+import sys
+
+import eke.testing.certify
+import eke.testing.contract  # noqa: F401  pytester forgets what a run imported, and torch cannot be imported twice
+import pytest
+
+pytest_plugins = ["pytester"]
+
+MODULE = """
+from eke import Technique, hookimpl
+from lightning.pytorch import Callback
+
+RECORD = Technique(name="still", kind="callback", factory="eke_still.entry:Still", exceptions={exceptions})
+
+class Still(Callback):
+    technique = RECORD
+
+@hookimpl
+def eke_technique():
+    return RECORD
+"""
+
+# Four short tests of the contract stand for all: certify() reads its list of tests from the class.
+CONTRACT = """
+import pytest
+from eke.testing import CallbackContract
+from eke.testing.contract import exercises
+from eke_still.entry import Still
+
+class Short(CallbackContract):
+    pass
+
+for name in list(Short.items()):
+    setattr(Short, name, None)
+
+class TestContract(Short):
+    def build(self):
+        return Still()
+
+    @classmethod
+    def items(cls):
+        return ["test_one", "test_two", "test_three"]
+
+    @exercises(strategy="single device", precision="32-true")
+    def test_one(self):
+        pass
+
+    @exercises(strategy="ddp")
+    @pytest.mark.parametrize("number", [1, 2])
+    def test_two(self, number):
+        {two}
+
+    def test_three(self):
+        raise AssertionError("this one cannot hold")
+"""
+
+EXCEPTED = {"test_three": "It cannot hold for a method that stands still."}
+
+
+@pytest.fixture
+def package(pytester, monkeypatch):
+    def install(exceptions=EXCEPTED, two="pass"):
+        info = pytester.path / "eke_still-0.3.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.4\nName: eke-still\nVersion: 0.3\n")
+        (info / "entry_points.txt").write_text("[eke]\nstill = eke_still.entry\n")
+        home = pytester.path / "eke_still"
+        home.mkdir()
+        (home / "__init__.py").touch()
+        (home / "entry.py").write_text(MODULE.replace("{exceptions}", repr(exceptions)))
+        pytester.makepyfile(test_contract=CONTRACT.replace("{two}", two))
+        monkeypatch.syspath_prepend(pytester.path)
+        return home / "certificate.json"
+
+    return install
+
+
+def run(pytester, *words):
+    return pytester.runpytest_inprocess("-p", "no:cacheprovider", *words, "test_contract.py").stdout.str()
+
+
+def test_a_contract_that_passes_whole_is_certified_with_what_it_exercised(pytester, package):
+    file = package()
+    out = run(pytester, "--certify")
+    assert f"still: certificate written to {file}" in out
+    certificate = json.loads(file.read_text())
+    assert certificate["technique"] == "still"
+    assert certificate["versions"]["eke-still"] == "0.3"
+    assert set(certificate["versions"]) == {"eke-still", "eke", "lightning", "torch"}
+    assert certificate["strategies"] == ["single device", "ddp"]
+    assert certificate["precisions"] == ["32-true"]
+    assert certificate["passed"] == ["test_one", "test_two"]
+    assert certificate["excepted"] == EXCEPTED
+
+
+def test_nothing_is_written_unasked(pytester, package):
+    file = package()
+    run(pytester)
+    assert not file.exists()
+
+
+def test_a_failed_test_leaves_no_certificate_and_is_named(pytester, package):
+    file = package(exceptions={})
+    out = run(pytester, "--certify")
+    assert "still: no certificate, none was written: test_three (failed)" in out
+    assert not file.exists()
+
+
+def test_a_test_that_was_left_out_leaves_no_certificate(pytester, package):
+    file = package()
+    out = run(pytester, "--certify", "-k", "not test_two")
+    assert "still: no certificate, none was written: test_two[1] (not run), test_two[2] (not run)" in out
+    assert not file.exists()
+
+
+def test_a_skip_for_another_reason_than_an_exception_leaves_no_certificate(pytester, package):
+    file = package(two='pytest.skip("no transformers here")')
+    out = run(pytester, "--certify")
+    assert "test_two[1] (no transformers here)" in out
+    assert not file.exists()
+
+
+def test_an_old_certificate_outlives_a_failed_run_and_is_mentioned(pytester, package):
+    file = package(exceptions={})
+    file.write_text("{}")
+    assert "still: no certificate, the old one was left: test_three (failed)" in run(pytester, "--certify")
+    assert file.read_text() == "{}"
+
+
+def test_loading_the_plugin_imports_neither_torch_nor_lightning():
+    code = "import sys, eke.testing.plugin; print([name for name in ('torch', 'lightning') if name in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
