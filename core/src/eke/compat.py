@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import _configure_optimizers
+from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 __all__ = [
@@ -16,6 +19,7 @@ __all__ = [
     "combined_loader",
     "epoch_of_next_batch",
     "leave_finished_epoch",
+    "leave_out_of_ddp",
     "parse_optimizers",
 ]
 
@@ -69,3 +73,15 @@ def batch_hook_owner(trainer: Trainer, pl_module: LightningModule) -> object:
     if datamodule is not None and is_overridden("on_after_batch_transfer", datamodule, LightningDataModule):
         return datamodule
     return pl_module
+
+
+def leave_out_of_ddp(pl_module: LightningModule, modules: Iterable[nn.Module]) -> None:
+    """Let DDP not wait for gradients of these modules when it next wraps ``pl_module``; with none, of all again.
+
+    Else it needs ``find_unused_parameters``, or it stops with an error at the second step.
+    """
+    mine = {id(tensor) for module in modules for tensor in (*module.parameters(), *module.buffers())}
+    names = [name for name, tensor in (*pl_module.named_parameters(), *pl_module.named_buffers()) if id(tensor) in mine]
+    vars(pl_module).pop("_ddp_params_and_buffers_to_ignore", None)
+    if names:
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(pl_module, names)

@@ -52,18 +52,24 @@ def rebuild(trainer: Trainer, origin: Mapping[torch.Tensor, torch.Tensor]) -> No
     strategy = trainer.strategy
     module = strategy.lightning_module
     module.to(strategy.root_device)
-    for parameter in module.parameters():
-        parameter.grad = None
-    if isinstance(strategy.model, DistributedDataParallel):
-        strategy.model = module
-        gc.collect()  # the old reducer's hooks sit on the parameters until it is gone
-        strategy.configure_ddp()
+    rewrap(trainer)
     before, configs = list(strategy.optimizers), list(strategy.lr_scheduler_configs)
     strategy.setup_optimizers(trainer)
     for old, new in zip(before, strategy.optimizers, strict=True):
         transplant(old, new, origin)
     rebind(configs, _pairs(before, strategy.optimizers))
     strategy.lr_scheduler_configs = configs
+
+
+def rewrap(trainer: Trainer) -> None:
+    """Drop all gradients and, under DDP, wrap the module anew: it has other parameters now, or others take part."""
+    strategy = trainer.strategy
+    for parameter in strategy.lightning_module.parameters():
+        parameter.grad = None
+    if isinstance(strategy.model, DistributedDataParallel):
+        strategy.model = strategy.lightning_module
+        gc.collect()  # the old reducer's hooks sit on the parameters until it is gone
+        strategy.configure_ddp()
 
 
 def _pairs(before, after):

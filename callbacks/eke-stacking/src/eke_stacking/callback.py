@@ -1,0 +1,328 @@
+"""Progressive stacking: train the lower blocks first, copy them upward, go on with the deeper model.
+
+Source: Gong, He, Li, Qin, Wang, Liu, "Efficient Training of BERT by Progressively Stacking", ICML 2019,
+https://proceedings.mlr.press/v97/gong19a.html, algorithm 1. Survey section 2.1, reference [30].
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Sequence
+from math import ceil, isfinite
+from typing import Any, ClassVar, Literal
+
+import torch
+from eke import Technique, TechniqueCallback, compat
+from eke.seams import gate, growth
+from eke.seams.blocks import Blocks, find_blocks
+from eke.seams.optimizer import transplant
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
+from torch.optim import Optimizer
+
+from eke_stacking import operators
+from eke_stacking.entry import RECORD
+
+
+class Stacking(TechniqueCallback):
+    """Train with part of the model's depth first.
+
+    The user builds the full model. At each growth the blocks that run next start from those that were trained.
+
+    Example::
+
+        trainer = Trainer(max_steps=10_000, callbacks=[Stacking(stages=[0.125, 0.3])])  # L/4, L/2, L
+
+    Args:
+        stages: When the model grows: shares of the run, between 0 and 1, or numbers of optimizer steps. A growth waits
+            for the start of an accumulation window.
+        depths: Blocks that run before each growth. By default depth doubles: half, or a quarter and a half, and so on.
+        operator: Where new blocks come from. ``"stack"``: copies of the trained ones on top, as in the paper.
+            ``"interleave"``: each copy next to its source. ``"identity"``: on top, with output projections set to zero,
+            so that the model's function stays the same; for pre-norm blocks. ``"random"``: their own random start.
+        form: ``"dormant"``: all blocks are there from the start and a gate skips those that do not run yet. Structure,
+            optimizer and checkpoints never change. ``"growth"``: blocks that do not run yet are taken out of the model
+            and their weights are freed.
+        optimizer_state: ``"copy"``: a new block takes its source's optimizer state too. ``"reset_new"``: it starts
+            without. ``"reset_all"``: all start without, as in the paper's script.
+        blocks: Dotted path of the list of blocks. Needed where a model has more than one.
+
+    Raises:
+        ValueError: stages or depths that do not rise, or a word that is not listed above.
+        MisconfigurationException: a strategy that shards the model.
+    """
+
+    technique: ClassVar[Technique] = RECORD
+
+    _container: weakref.ref[nn.Module] | None = None
+
+    def __init__(
+        self,
+        stages: Sequence[float] = (0.5,),
+        *,
+        depths: Sequence[int] | None = None,
+        operator: Literal["stack", "interleave", "identity", "random"] = "stack",
+        form: Literal["dormant", "growth"] = "dormant",
+        optimizer_state: Literal["copy", "reset_new", "reset_all"] = "copy",
+        blocks: str | None = None,
+    ) -> None:
+        stages = _times(stages)
+        _check_depths(depths, stages)
+        _one_of("operator", operator, operators.OPERATORS)
+        _one_of("form", form, ("dormant", "growth"))
+        _one_of("optimizer_state", optimizer_state, ("copy", "reset_new", "reset_all"))
+        if (operator, form) == ("random", "growth"):
+            raise ValueError(
+                "operator='random' needs the weights that blocks were built with, and form='growth' frees them. "
+                "Use form='dormant'."
+            )
+        self.stages = stages
+        self.depths = None if depths is None else list(depths)
+        self.operator = operator
+        self.form = form
+        self.optimizer_state = optimizer_state
+        self.blocks = blocks
+        self.active: list[int] | None = None  # which blocks run, counted in the full model
+        self.steps: list[int] | None = None  # optimizer steps of the growths
+        self._path: str | None = None
+        self._plan: list[list[int]] = []  # which blocks run before, between and after the growths
+        self._next: tuple[int, list[int]] | None = None  # step of the next growth, and which blocks run from then on
+        self._saved_steps: list[int] | None = None
+        self._full: list[nn.Module] = []  # all blocks; with form="growth" those not in the model have no weights
+        self._fitting = False
+
+    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._fitting = trainer.state.fn == "fit"
+        if self._fitting and not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            raise MisconfigurationException(
+                f"Stacking copies blocks in mid-run, which has been tested on one device and under DDP, and not with "
+                f"{type(trainer.strategy).__name__}. Use strategy='ddp', or leave Stacking out."
+            )
+
+    def alter_model(self, pl_module: LightningModule) -> None:
+        if not self._knows(pl_module):
+            self.active = None
+            if not self._fitting:
+                return  # an evaluated model has the depth that its checkpoint says, or all of it
+            self._meet(find_blocks(pl_module, self.blocks))
+        if self._fitting:
+            self._plan = operators.positions(self._depths(), self.operator)
+            self._refuse(find_blocks(pl_module, self._path))
+        self._apply(pl_module, self.active or self._plan[0])
+
+    def restore_model(self, pl_module: LightningModule) -> None:
+        if self._full:
+            gate.detach(self._full, RECORD.name)
+        compat.leave_out_of_ddp(pl_module, [])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(self.stages[0], int):
+            self.steps = self.stages
+        else:
+            self.steps = self._saved_steps or self._steps_of(trainer.estimated_stepping_batches)
+        self._saved_steps = None
+        self._next = self._due()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # In mid-window, gradients of the shallow model would meet weights of the deep one.
+        while self._next is not None and self.clock.at_boundary and self.clock.steps >= self._next[0]:
+            self._grow(trainer, pl_module, self._next[1])
+            self._next = self._due()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._next is not None:
+            rest = "trim() takes the others out." if self.form == "dormant" else "The others are not in the model."
+            warnings.warn(
+                f"The run ended after {self.clock.steps} steps, before the growth at step {self._next[0]}: "
+                f"{len(self.active)} of {len(self._full)} blocks were trained. {rest}",
+                stacklevel=2,
+            )
+
+    def trim(self, pl_module: LightningModule) -> None:
+        """Take blocks that were never reached out of the model, in place, for export before the last growth."""
+        found = find_blocks(pl_module, self._path or self.blocks)
+        if self.active is not None and len(found) == len(self._full):
+            operators.trim(found, self.active)
+
+    def manifest(self) -> dict[str, Any] | None:
+        if self.active is None:
+            return None
+        if len(self.active) == len(self._full):
+            return {}  # nothing to rebuild: loads without Stacking as well
+        return {"form": self.form, "path": self._path, "active": self.active, "depth": len(self._full)}
+
+    def shape_from(self, manifest: dict[str, Any], pl_module: LightningModule) -> None:
+        if not self._knows(pl_module):
+            if not manifest:
+                return
+            self._meet(find_blocks(pl_module, manifest["path"]))
+        if manifest and manifest["depth"] != len(self._full):
+            raise ValueError(
+                f"the checkpoint is of a model with {manifest['depth']} blocks; this has {len(self._full)}."
+            )
+        if manifest and manifest["form"] != self.form:
+            if self._fitting:
+                raise ValueError(
+                    f"the checkpoint was written with form={manifest['form']!r} and this Stacking has "
+                    f"form={self.form!r}: optimizers and keys differ. Resume with the form it was written with."
+                )
+            self.form = manifest["form"]
+        self._apply(pl_module, manifest["active"] if manifest else list(range(len(self._full))))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps or self._saved_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._saved_steps = state["steps"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy meets its model anew; the blocks themselves go with the model.
+        return {**super().__getstate__(), "_full": [], "_container": None}
+
+    def _knows(self, pl_module: LightningModule) -> bool:
+        """Whether this is the model whose blocks it holds."""
+        container = self._container() if self._container is not None else None
+        return container is not None and any(module is container for module in pl_module.modules())
+
+    def _meet(self, found: Blocks) -> None:
+        self._container, self._full, self._path = weakref.ref(found.container), list(found.modules), found.path
+
+    def _steps_of(self, total: float) -> list[int]:
+        if not isfinite(total):
+            raise MisconfigurationException(
+                f"stages={self.stages} are shares of a run whose length is not known. Give stages in optimizer steps, "
+                "or Trainer(max_steps=...)."
+            )
+        return [ceil(stage * total) for stage in self.stages]
+
+    def _depths(self) -> list[int]:
+        full = len(self._full)
+        if self.depths is not None:
+            if self.depths[-1] >= full:
+                raise ValueError(f"depths={self.depths} leave nothing to grow to: the model has {full} blocks.")
+            return [*self.depths, full]
+        times = 2 ** len(self.stages)
+        if full % times:
+            raise ValueError(
+                f"The model's {full} blocks cannot be halved {len(self.stages)} times. Give depths=, such as "
+                f"depths={[max(1, full >> i) for i in range(len(self.stages), 0, -1)]}, or other stages."
+            )
+        return [full >> i for i in range(len(self.stages), -1, -1)]
+
+    def _refuse(self, found: Blocks) -> None:
+        if found.shared:
+            raise ValueError(
+                f"The blocks at {found.path!r} share {found.shared[0]!r}: one cannot be trained without the other. "
+                "Stacking needs blocks with weights of their own."
+            )
+        if not found.alike:
+            raise ValueError(f"The blocks at {found.path!r} differ in class or shape: none can be copied to another.")
+        for old, new in zip(self._plan, self._plan[1:], strict=False):
+            operators.check_kinds(self._full, operators.sources(old, new, self.operator))
+        if self.operator == "identity":
+            operators.check_identity(found[0])
+
+    def _due(self) -> tuple[int, list[int]] | None:
+        """The next growth: its step, and which blocks run then."""
+        later = [one for one in zip(self.steps, self._plan[1:], strict=True) if len(one[1]) > len(self.active)]
+        return later[0] if later else None
+
+    def _grow(self, trainer: Trainer, pl_module: LightningModule, active: list[int]) -> None:
+        old, sources = self.active, operators.sources(self.active, active, self.operator)
+        if self.form == "growth":
+            self._apply(pl_module, active)
+        origin = operators.copy_blocks(self._full, sources, identity=self.operator == "identity")
+        kept = origin if self.optimizer_state == "copy" else {}
+        if self.form == "growth":
+            growth.rebuild(trainer, kept)
+        else:
+            self._apply(pl_module, active)
+            growth.rewrap(trainer)
+            for optimizer in trainer.optimizers:
+                transplant(optimizer, optimizer, kept)
+        if self.optimizer_state == "reset_all":
+            for optimizer in trainer.optimizers:
+                _forget(optimizer)
+        rank_zero_info(f"Stacking: {len(old)} -> {len(active)} blocks at optimizer step {self.clock.steps}.")
+
+    def _apply(self, pl_module: LightningModule, active: list[int]) -> None:
+        """Let these blocks run and no others. Weights that appear are yet to be filled."""
+        dormant = [block for i, block in enumerate(self._full) if i not in active]
+        if self.form == "growth":
+            for block in dormant:
+                _free(block)
+            trained = next(block for block in self._full if not _is_free(block))
+            for i in active:
+                _materialize(self._full[i], trained)
+            operators.replace_modules(self._container(), [self._full[i] for i in active])
+        else:
+            gate.attach(self._full, RECORD.name)
+            for i, block in enumerate(self._full):
+                gate.put(block, RECORD.name, *([] if i in active else [gate.Skip()]))
+            compat.leave_out_of_ddp(pl_module, dormant)
+        self.active = list(active)
+
+
+def _free(block: nn.Module) -> None:
+    """Let go of a block's weights and keep everything else: its index, its buffers, its hyper-parameters."""
+    _exchange(block, {p: nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in block.parameters()})
+
+
+def _is_free(block: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in block.parameters())
+
+
+def _materialize(block: nn.Module, like: nn.Module) -> None:
+    """Give a freed block weights again, without values, where and as the block ``like`` has them."""
+    if not _is_free(block):
+        return
+    pairs = zip(block.parameters(), like.parameters(), strict=True)
+    _exchange(block, {p: nn.Parameter(torch.empty_like(other), other.requires_grad) for p, other in pairs})
+    buffers = dict(like.named_buffers())
+    for name, buffer in block.named_buffers():
+        buffer.data = buffer.to(buffers[name])
+
+
+def _exchange(block: nn.Module, new: dict[nn.Parameter, nn.Parameter]) -> None:
+    for module in block.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            setattr(module, name, new[parameter])
+
+
+def _forget(optimizer: Optimizer) -> None:
+    """Drop the state of all parameters, in what a wrapper wraps as well."""
+    optimizer.state.clear()
+    if isinstance(getattr(optimizer, "base", None), Optimizer):
+        _forget(optimizer.base)
+
+
+def _times(stages: Sequence[float]) -> list[float] | list[int]:
+    # A YAML file or a command line gives 5000 as 5000.0.
+    times = [int(stage) if stage >= 1 and stage == int(stage) else float(stage) for stage in stages]
+    shares = all(0 < time < 1 for time in times)
+    steps = all(type(time) is int for time in times)
+    if not times or not (steps or shares) or times != sorted(set(times)):
+        raise ValueError(
+            f"stages={list(stages)} are no times of growth: give rising shares of the run between 0 and 1, as "
+            "[0.125, 0.3], or rising numbers of optimizer steps, as [5000, 12000]."
+        )
+    return times
+
+
+def _check_depths(depths: Sequence[int] | None, stages: list[float] | list[int]) -> None:
+    if depths is None:
+        return
+    depths = list(depths)
+    if not all(type(depth) is int and depth >= 1 for depth in depths) or depths != sorted(set(depths)):
+        raise ValueError(f"depths={depths} do not rise from 1 block or more. Give the depth before each growth.")
+    if len(depths) != len(stages):
+        raise ValueError(f"depths={depths} and stages={stages}: give one depth for each growth, the one before it.")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is none of: {', '.join(allowed)}.")

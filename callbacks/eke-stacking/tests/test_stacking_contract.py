@@ -1,0 +1,9 @@
+from eke.testing import TechniqueContract
+from eke_stacking import Stacking
+
+
+class TestContract(TechniqueContract):
+    arguments = {"stages": [5]}
+
+    def build(self):
+        return Stacking([5])
