@@ -62,6 +62,8 @@ class Windows(Dataset):
         return max(0, (len(self.text) - 1) // self.length)
 
     def __getitem__(self, index: int) -> Tensor:  # (length + 1,), int64
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")  # ends a for loop over the windows
         start = index * self.length
         return self.text[start : start + self.length + 1].long()
 

@@ -53,7 +53,7 @@ class ByteGPT(LightningModule):
     def __init__(self, layers: int, width: int, length: int, lr: float, *, warmup: float = 0.05) -> None:
         super().__init__()
         if width % HEAD_WIDTH:
-            raise ValueError(f"width={width} does not split into heads of {HEAD_WIDTH}. Give a multiple of {HEAD_WIDTH}.")
+            raise ValueError(f"width={width} does not divide into heads of {HEAD_WIDTH}. Give a multiple.")
         self.save_hyperparameters()
         self.token = nn.Embedding(VOCABULARY, width)
         self.position = nn.Embedding(length, width)

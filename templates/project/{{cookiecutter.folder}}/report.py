@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import math
 import platform
+import sys
 import time
 from importlib.metadata import distributions
 from pathlib import Path
 from statistics import median
 
 import torch
+from eke.compat import MemTracker
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ProgressBar
 from rich import progress
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from torch.distributed._tools.mem_tracker import MemTracker
 
-console = Console(soft_wrap=True)
+console = Console(width=None if sys.stdout.isatty() else 100)
 
 
 class Meter(Callback):
@@ -52,7 +54,7 @@ class Meter(Callback):
             self.steps += 1
             return
         self._tracker.__exit__(None, None, None)
-        self.peak_memory = max(sum(parts.values()) for parts in self._tracker.get_tracker_snapshot("peak").values())
+        self.peak_memory = max(parts["Total"] for parts in self._tracker.get_tracker_snapshot("peak").values())
         self._tracker = None
 
     def on_validation_start(self, trainer, pl_module) -> None:
@@ -170,15 +172,15 @@ def verdict(runs: list[dict]) -> list[str]:
     else:
         lines.append(f"The recipe reached the plain run's final loss in {reached / plain['seconds']:.2f} of its time.")
     gap = smaller["nats_per_byte"] - recipe["nats_per_byte"]
-    blocks = f"a plain model of {smaller['layers']} blocks"
+    model = f"a plain model of {blocks(smaller['layers'])}"
     compared = f"{smaller['nats_per_byte']:.3f} nats a byte against {recipe['nats_per_byte']:.3f}"
     if gap < 0:
         lines.append(
-            f"In the recipe's time {blocks} came lower: {compared}. "
+            f"In the recipe's time {model} came lower: {compared}. "
             "At this budget the smaller model is the better buy, unless the depth itself is wanted."
         )
     else:
-        lines.append(f"In the recipe's time {blocks} came no lower: {compared}.")
+        lines.append(f"In the recipe's time {model} came no lower: {compared}.")
     lines.append("This is one seed: see --seed before a small difference is believed.")
     return lines
 
@@ -192,10 +194,19 @@ def save_report(report: dict, folder: Path) -> None:
 
 def print_table(report: dict, folder: Path) -> None:
     runs = report["runs"]
-    table = Table(title=report["text"], title_justify="left", caption_justify="left")
-    for column in ("run", "parameters", "time", "steps", "tokens/s", "peak memory", "nats/byte", "bits/byte"):
-        table.add_column(column, justify="left" if column == "run" else "right")
-    table.add_column("time to plain's loss", justify="right")
+    table = Table(title=report["text"], title_justify="left", title_style="", box=SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("\nrun", no_wrap=True)
+    for column in (
+        "\nweights",
+        "\ntime",
+        "\nsteps",
+        "tokens/\nsecond",
+        "peak\nMiB",
+        "nats/\nbyte",
+        "bits/\nbyte",
+        "to plain's\nloss",
+    ):
+        table.add_column(column, justify="right", no_wrap=True)
     for run in runs:
         reached = seconds_to(runs[0]["nats_per_byte"], run["curve"])
         table.add_row(
@@ -204,20 +215,19 @@ def print_table(report: dict, folder: Path) -> None:
             f"{run['seconds']:.1f} s",
             f"{run['steps']:,}",
             f"{run['tokens_per_second']:,.0f}",
-            f"{run['peak_memory_bytes'] / 2**20:.1f} MiB",
+            f"{run['peak_memory_bytes'] / 2**20:.1f}",
             f"{run['nats_per_byte']:.3f}",
             f"{run['bits_per_byte']:.3f}",
             "not reached" if reached is None else f"{reached:.1f} s",
         )
     console.print(table)
-    for line in report["verdict"]:
-        console.print(line)
-    console.print(f"Figures and curves: {folder / 'train.json'}, {folder / 'train.png'}")
+    print(*report["verdict"], sep="\n")
+    print(f"Figures and curves: {folder / 'train.json'} and {folder / 'train.png'}")
 
 
 def print_sweep(results: list[dict]) -> None:
     best = min(results, key=lambda result: result["nats_per_byte"])
-    table = Table("learning rate", "nats/byte", "time", title=f"{best['layers']} blocks, {best['steps']} steps")
+    table = Table("learning rate", "nats/byte", "time", title=f"{blocks(best['layers'])}, {best['steps']} steps")
     for result in results:
         mark = " *" if result is best else ""
         table.add_row(f"{result['lr']:g}{mark}", f"{result['nats_per_byte']:.3f}", f"{result['seconds']:.1f} s")
@@ -228,8 +238,12 @@ def print_sweep(results: list[dict]) -> None:
 
 def label(run: dict) -> str:
     if run["recipe"]:
-        return f"{', '.join(run['recipe'])}, {run['layers']} blocks"
-    return f"{run['name']}, {run['layers']} blocks"
+        return f"{', '.join(run['recipe'])}, {blocks(run['layers'])}"
+    return f"{run['name']}, {blocks(run['layers'])}"
+
+
+def blocks(layers: int) -> str:
+    return "1 block" if layers == 1 else f"{layers} blocks"
 
 
 def draw(runs: list[dict], path: Path) -> None:
@@ -258,14 +272,15 @@ def draw(runs: list[dict], path: Path) -> None:
 def environment() -> dict:
     """What the figures depend on."""
     versions = {dist.name: dist.version for dist in distributions()}
-    wanted = {name: version for name, version in versions.items() if name in ("torch", "lightning", "eke") or name.startswith("eke-")}
+    ours = {name: versions[name] for name in sorted(versions) if name.split("-")[0] in ("torch", "lightning", "eke")}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    return {"device": device, "threads": torch.get_num_threads(), "python": platform.python_version(), **dict(sorted(wanted.items()))}
+    return {"device": device, "threads": torch.get_num_threads(), "python": platform.python_version(), **ours}
 
 
 def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    info = Path("/proc/cpuinfo")  # platform.processor() is empty on Linux
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 

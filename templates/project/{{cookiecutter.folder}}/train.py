@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -45,24 +46,32 @@ class Run:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the text is in memory: workers would only cost
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*exists and is not empty.*")  # a resumed run's checkpoints
+    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")  # between Lightning and torch
     try:
         if options.resume:
             options = restore(options.resume)
         text = Text(options.text, options.length, options.batch, options.seed)
         recipe = {} if options.plain_only or options.sweep else read_recipe(options.recipe)
-        eke.trainer_kwargs(**recipe)  # an unknown technique or option should fail now, not after the plain run
+        make_trainer(recipe, options, steps=2, every=1, callbacks=[])  # a wrong option should fail now, not in mid-run
         ByteGPT(1, options.width, options.length, options.lr)
         folder = Path(options.resume) if options.resume else new_folder(Path(options.out))
-        (folder / "options.json").write_text(json.dumps(vars(options), indent=1))
-        torch.set_num_threads(options.threads)
+    except (eke.EkeError, MisconfigurationException, ValueError, TypeError, OSError) as error:
+        return refuse(error)
+    print(f"Writing to {folder}. An interrupted comparison goes on with --resume {folder}", flush=True)
+    (folder / "options.json").write_text(json.dumps(vars(options), indent=1))
+    torch.set_num_threads(options.threads)
+    try:
         sweep(options, text, folder) if options.sweep else compare(options, text, recipe, folder)
-    except (eke.EkeError, ValueError, OSError, MisconfigurationException) as error:
-        if os.environ.get("EKE_DEBUG"):
-            raise
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
+    except (eke.EkeError, MisconfigurationException) as error:  # a technique that cannot work with this model
+        return refuse(error)
     return 0
+
+
+def refuse(error: Exception) -> int:
+    print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
 
 
 def compare(options: argparse.Namespace, text: Text, recipe: dict, folder: Path) -> None:
@@ -70,7 +79,7 @@ def compare(options: argparse.Namespace, text: Text, recipe: dict, folder: Path)
     plain = Run("plain", options.layers, options.lr, options.steps)
     results = [train(plain, options, text, folder)]
     if not options.plain_only:
-        with_recipe = Run("recipe", options.layers, options.recipe_lr or options.lr, options.steps, recipe)
+        with_recipe = Run("recipe", options.layers, options.lr, options.steps, recipe)
         results.append(train(with_recipe, options, text, folder))
         smaller = Run("smaller", options.control_layers, options.control_lr, steps=0)
         smaller.steps = steps_within(results[-1]["seconds"], smaller, options, text, folder)
@@ -95,7 +104,7 @@ def train(run: Run, options: argparse.Namespace, text: Text, folder: Path) -> di
     model = ByteGPT(run.layers, options.width, options.length, run.lr)
     every, steps = evaluation_points(run.steps)
     meter = Meter()
-    keep = ModelCheckpoint(place, filename="last", enable_version_counter=False, every_n_train_steps=every)
+    keep = ModelCheckpoint(place, "last", enable_version_counter=False, save_on_train_epoch_end=False)  # at evaluations
     trainer = make_trainer(run.recipe, options, steps, every, [meter, Progress(run.name), keep])
     last = place / "last.ckpt"
     trainer.fit(model, text, ckpt_path=last if last.exists() else None)
@@ -118,6 +127,7 @@ def make_trainer(recipe: dict, options: argparse.Namespace, steps: int, every: i
         devices=1,
         precision=options.precision,
         callbacks=callbacks,
+        enable_checkpointing=any(isinstance(one, ModelCheckpoint) for one in callbacks),
         logger=False,
         enable_model_summary=False,
         **techniques,
@@ -126,16 +136,14 @@ def make_trainer(recipe: dict, options: argparse.Namespace, steps: int, every: i
 
 def steps_within(seconds: float, run: Run, options: argparse.Namespace, text: Text, folder: Path) -> int:
     """How many steps of a run take ``seconds``, by timing its first few."""
-    if (folder / run.name / "steps.json").exists():  # resumed: the schedule must end where it was to end
-        return json.loads((folder / run.name / "steps.json").read_text())
+    known = folder / f"{run.name}-steps.json"
+    if known.exists():  # resumed: the schedule must end where it was to end
+        return json.loads(known.read_text())
     meter = Meter()
-    trial = 30
-    trainer = make_trainer(run.recipe, options, trial, trial, [meter, Progress("timing")])
-    trainer.limit_val_batches = 0
+    trainer = make_trainer(run.recipe, options, steps=40, every=40, callbacks=[meter, Progress("timing")])
     trainer.fit(ByteGPT(run.layers, options.width, options.length, run.lr), text)
-    steps = max(1, round(seconds / meter.seconds_per_step()))
-    (folder / run.name).mkdir(exist_ok=True)
-    (folder / run.name / "steps.json").write_text(json.dumps(steps))
+    steps = max(2, round(seconds / meter.seconds_per_step()))
+    known.write_text(json.dumps(steps))
     return steps
 
 
@@ -166,7 +174,7 @@ def restore(folder: str) -> argparse.Namespace:
     """The options that an interrupted comparison was started with."""
     saved = Path(folder) / "options.json"
     if not saved.exists():
-        raise ValueError(f"{folder} holds no options.json, so nothing can be resumed. Give a folder that train.py made.")
+        raise ValueError(f"{folder} holds no options.json: nothing can be resumed. Give a folder that train.py made.")
     return argparse.Namespace(**{**json.loads(saved.read_text()), "resume": folder})
 
 
@@ -175,34 +183,40 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")  # one line; argparse would print the usage before it
 
 
-def at_least_one(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is too small. Give 1 or more.")
-    return value
+def at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number of {least} or more.")
+        return int(text)
+
+    return number
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="train.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--text", help="a text file or a folder of them (default: the sources of Python's standard library)")
-    add("--recipe", nargs="+", default=["stacking"], metavar="TECHNIQUE",
-        help="technique, or technique:key=value,key=value, or one YAML file (default: %(default)s)")
+    add(
+        "--recipe",
+        nargs="+",
+        default=["stacking"],
+        metavar="TECHNIQUE",
+        help="technique, or technique:key=value,key=value, or one YAML file (default: %(default)s)",
+    )
     add("--plain-only", action="store_true", help="train the plain model and nothing else")
-    add("--steps", type=at_least_one, default=1500, help="steps of plain and recipe (default: %(default)s)")
-    add("--layers", type=at_least_one, default=8, help="blocks of plain and recipe (default: %(default)s)")
-    add("--width", type=at_least_one, default=64, help="default: %(default)s")
-    add("--length", type=at_least_one, default=128, help="bytes in a window (default: %(default)s)")
-    add("--batch", type=at_least_one, default=8, help="windows in a step (default: %(default)s)")
-    add("--lr", type=float, default=4e-3, help="highest learning rate (default: %(default)s, tuned for the defaults)")
-    add("--recipe-lr", type=float, help="that of the recipe (default: --lr)")
-    add("--control-layers", type=at_least_one, default=2, help="blocks of the smaller model (default: %(default)s)")
-    add("--control-lr", type=float, default=4e-3, help="its highest learning rate (default: %(default)s, tuned)")
+    add("--steps", type=at_least(2), default=1200, help="steps of plain and recipe (default: %(default)s)")
+    add("--layers", type=at_least(1), default=8, help="blocks of plain and recipe (default: %(default)s)")
+    add("--width", type=at_least(1), default=64, help="default: %(default)s")
+    add("--length", type=at_least(1), default=128, help="bytes in a window (default: %(default)s)")
+    add("--batch", type=at_least(1), default=8, help="windows in a step (default: %(default)s)")
+    add("--lr", type=float, default=8e-3, help="highest learning rate (default: %(default)s, tuned for the defaults)")
+    add("--control-layers", type=at_least(1), default=1, help="blocks of the smaller model (default: %(default)s)")
+    add("--control-lr", type=float, default=8e-3, help="its highest learning rate (default: %(default)s, tuned)")
     add("--sweep", type=float, nargs="+", metavar="LR", help="only try these learning rates on the plain model")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--precision", default="32-true", help="as Trainer takes it, such as bf16-mixed (default: %(default)s)")
     add("--accelerator", default="auto", help="as Trainer takes it (default: %(default)s)")
-    add("--threads", type=at_least_one, default=min(2, os.cpu_count() or 1), help="CPU threads (default: %(default)s)")
+    add("--threads", type=at_least(1), default=min(2, os.cpu_count() or 1), help="CPU threads (default: %(default)s)")
     add("--out", default="runs", help="a new numbered folder is made in it (default: %(default)s)")
     add("--resume", metavar="DIR", help="go on with an interrupted comparison; all other options come from it")
     return parser.parse_args(arguments)
