@@ -169,8 +169,8 @@ def test_what_a_refusing_technique_had_wrapped_before_is_unwrapped():
     assert "training_step" not in vars(model)
 
 
-def test_techniques_leave_the_callback_list_and_can_be_asked_for():
-    one, two, checkpoint = technique("one")(), technique("two")(), ModelCheckpoint()
+def test_techniques_leave_the_callback_list_and_can_be_asked_for(tmp_path):
+    one, two, checkpoint = technique("one")(), technique("two")(), ModelCheckpoint(tmp_path)
     run = trainer(two, one, checkpoint, enable_checkpointing=True)
     run.fit(Net(), data())
     assert [type(callback) for callback in run.callbacks] == [Coordinator, ModelCheckpoint]
