@@ -3,7 +3,7 @@ from eke_stacking import Stacking
 
 
 class TestContract(TechniqueContract):
-    arguments = {"stages": [5]}
+    arguments = {"stages": [4]}
 
     def build(self):
-        return Stacking([5])
+        return Stacking([4])
