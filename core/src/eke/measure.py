@@ -6,6 +6,7 @@ down; never time one while counting.
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -115,10 +116,13 @@ def python_calls() -> Iterator[dict[str, int]]:
         if event in ("call", "c_call"):
             result["calls"] += 1
 
-    before = sys.getprofile()
+    before, collects = sys.getprofile(), gc.isenabled()
+    gc.disable()  # finalizers of what ran earlier would be counted, whenever the collector happens to come by
     sys.setprofile(count)
     try:
         yield result
     finally:
         sys.setprofile(before)
+        if collects:
+            gc.enable()
         result["calls"] -= 4  # leaving the block: __exit__, next, this generator, setprofile
