@@ -131,6 +131,13 @@ def test_metadata_that_is_missing_hurts_no_other(install):
     assert "damaged" in registry.installed()
 
 
+def test_a_rival_whose_metadata_cannot_be_decoded_is_told_by_its_entry_point(install):
+    install("eke-same", "same", source("same"))
+    (install("other-same", "same", source("same")) / "METADATA").write_bytes(b"Name: \xff")
+    with pytest.raises(eke.EkeError, match="a distribution without a name .entry point other_same. and eke-same"):
+        eke.get("same")
+
+
 @pytest.mark.parametrize("content", ["[eke]\nno equals sign\n", "no section = here\n", "[eke\na = b\n", "\xff"])
 def test_entry_points_that_cannot_be_read_hurt_no_other(install, content):
     install("eke-good", "good", source("good"))
