@@ -1,4 +1,5 @@
 import copy
+import logging
 import pickle
 import warnings
 
@@ -11,8 +12,12 @@ from eke_adam8bit import Adam8bit, AdamW8bit, eight_bit, state_bytes
 from eke_adam8bit import optimizer as ours
 from eke_adam8bit.plugin import choose, embeddings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader, TensorDataset
 
 BLOCK = ours.BLOCK
 
@@ -410,6 +415,12 @@ def test_sharded_parameters_go_to_torchao_and_to_no_other():
     assert choose("auto", strategy) == "torchao"
 
 
+def test_a_sharded_run_that_saves_to_one_file_is_refused():
+    pytest.importorskip("torchao")
+    with pytest.raises(MisconfigurationException, match="writes torchao's states to a file that cannot be read again"):
+        choose("auto", ModelParallelStrategy(save_distributed_checkpoint=False))
+
+
 def test_on_one_cpu_auto_is_our_own_and_bitsandbytes_warns():
     strategy = SingleDeviceStrategy("cpu")
     assert choose("auto", strategy) == "torch"
@@ -461,10 +472,6 @@ def test_the_schedule_drives_the_new_optimizer():
 
 
 def test_what_it_does_is_said_once(caplog):
-    import logging
-
-    from lightning.pytorch import Trainer
-
     with caplog.at_level(logging.INFO):
         trainer = Trainer(
             callbacks=[technique()],
@@ -566,6 +573,58 @@ def test_torchao_keeps_settings_and_exceptions():
     assert type(twin).__name__ == "AdamW8bit"
     adam = eight_bit(torch.optim.Adam([p], weight_decay=0.1), backend="torchao")
     assert type(adam).__name__ == "Adam8bit"
+
+
+class Sharded(LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(128, 256, bias=False), nn.Linear(256, 128, bias=False)
+
+    def configure_model(self):
+        for layer in (self.up, self.down):
+            fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch, batch_idx):
+        return (self.down(self.up(batch[0]).relu()) - batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        return [optimizer], [{"scheduler": StepLR(optimizer, 1, 0.5), "interval": "step"}]
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.randn(64, 128, generator=torch.Generator().manual_seed(1))), 8)
+
+
+@pytest.mark.slow
+def test_under_fsdp2_torchao_shards_the_states_and_resumes_to_the_same_bits(tmp_path):
+    pytest.importorskip("torchao")
+
+    def run(rank, steps, ckpt=None, save=None):
+        model = Sharded()
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=2,
+            strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
+            max_steps=steps,
+            callbacks=[Adam8bit()],
+            use_distributed_sampler=False,
+            **{"logger": False, "enable_checkpointing": False},
+            **{"enable_progress_bar": False, "enable_model_summary": False},
+        )
+        trainer.fit(model, ckpt_path=ckpt)
+        if save:
+            trainer.save_checkpoint(save)
+        optimizer = trainer.optimizers[0]
+        weights = {name: p.full_tensor().detach().clone() for name, p in model.named_parameters()}
+        return weights, state_bytes(optimizer), float(optimizer.param_groups[0]["lr"])
+
+    (whole, held, rate), _ = run_ranks(lambda rank: run(rank, 4), timeout=300)
+    run_ranks(lambda rank: run(rank, 2, save=tmp_path / "half"), timeout=300)
+    (resumed, _, _), _ = run_ranks(lambda rank: run(rank, 4, ckpt=tmp_path / "half"), timeout=300)
+    assert rate == pytest.approx(1e-2 * 0.5**4)
+    assert held < 2.3 * sum(weight.numel() for weight in whole.values()) / 2
+    assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
 
 
 @pytest.mark.gpu

@@ -206,6 +206,11 @@ def choose(backend: str, strategy: Strategy) -> str:
                 f"{who} shards each parameter, which only back end 'torchao' can follow, and torchao is not installed: "
                 "pip install 'eke-adam8bit[torchao]'."
             )
+        if not getattr(strategy, "_save_distributed_checkpoint", True):
+            raise MisconfigurationException(
+                f"{who}(save_distributed_checkpoint=False) writes torchao's states to a file that cannot be read "
+                "again. Leave it at True."
+            )
         return "torchao"
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise MisconfigurationException(
