@@ -2,7 +2,7 @@
 
 1. plain     the model as it is, at a tuned learning rate
 2. recipe    the same with Eke techniques (--recipe)
-3. smaller   a plain shallower model for as many seconds as the recipe took: the check that keeps 2 honest
+3. smaller   a plain shallower model for as long as the recipe took: the check that keeps 2 honest
 
 Each learning rate falls to zero at its own run's end, and evaluation is not on the clock. ``python train.py --help``.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -82,7 +81,7 @@ def compare(options: argparse.Namespace, text: Text, recipe: dict, folder: Path)
         with_recipe = Run("recipe", options.layers, options.lr, options.steps, recipe)
         results.append(train(with_recipe, options, text, folder))
         smaller = Run("smaller", options.control_layers, options.control_lr, steps=0)
-        smaller.steps = steps_within(results[-1]["seconds"], smaller, options, text, folder)
+        smaller.steps = steps_within(results[-1]["cost"], smaller, options, text, folder)
         results.append(train(smaller, options, text, folder))
     report = {"text": text.describe(), "options": vars(options), "environment": environment(), "runs": results}
     save_report(report, folder)
@@ -134,15 +133,15 @@ def make_trainer(recipe: dict, options: argparse.Namespace, steps: int, every: i
     )
 
 
-def steps_within(seconds: float, run: Run, options: argparse.Namespace, text: Text, folder: Path) -> int:
-    """How many steps of a run take ``seconds``, by timing its first few."""
+def steps_within(cost: float, run: Run, options: argparse.Namespace, text: Text, folder: Path) -> int:
+    """How many steps of a run come to ``cost`` seconds, by timing its first few."""
     known = folder / f"{run.name}-steps.json"
     if known.exists():  # resumed: the schedule must end where it was to end
         return json.loads(known.read_text())
     meter = Meter()
     trainer = make_trainer(run.recipe, options, steps=40, every=40, callbacks=[meter, Progress("timing")])
     trainer.fit(ByteGPT(run.layers, options.width, options.length, run.lr), text)
-    steps = max(2, round(seconds / meter.seconds_per_step()))
+    steps = max(2, round(cost / meter.cost_per_step()))
     known.write_text(json.dumps(steps))
     return steps
 
@@ -204,7 +203,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="technique, or technique:key=value,key=value, or one YAML file (default: %(default)s)",
     )
     add("--plain-only", action="store_true", help="train the plain model and nothing else")
-    add("--steps", type=at_least(2), default=1200, help="steps of plain and recipe (default: %(default)s)")
+    add("--steps", type=at_least(2), default=960, help="steps of plain and recipe (default: %(default)s)")
     add("--layers", type=at_least(1), default=8, help="blocks of plain and recipe (default: %(default)s)")
     add("--width", type=at_least(1), default=64, help="default: %(default)s")
     add("--length", type=at_least(1), default=128, help="bytes in a window (default: %(default)s)")
@@ -216,7 +215,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--precision", default="32-true", help="as Trainer takes it, such as bf16-mixed (default: %(default)s)")
     add("--accelerator", default="auto", help="as Trainer takes it (default: %(default)s)")
-    add("--threads", type=at_least(1), default=min(2, os.cpu_count() or 1), help="CPU threads (default: %(default)s)")
+    add("--threads", type=at_least(1), default=1, help="CPU threads (default: %(default)s)")
     add("--out", default="runs", help="a new numbered folder is made in it (default: %(default)s)")
     add("--resume", metavar="DIR", help="go on with an interrupted comparison; all other options come from it")
     return parser.parse_args(arguments)

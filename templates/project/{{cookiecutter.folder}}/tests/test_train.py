@@ -14,7 +14,7 @@ import train
 from data import Text, TextError, Windowed, Windows, find_files, split
 from lightning.pytorch import Callback
 from model import ByteGPT, lr_factor
-from report import seconds_to, verdict
+from report import cost_to, verdict
 
 TINY = ["--layers", "2", "--width", "32", "--length", "16", "--batch", "4", "--threads", "1", "--accelerator", "cpu"]
 
@@ -195,15 +195,15 @@ def test_a_byte_is_predicted_from_earlier_bytes_only():
 
 def test_the_time_to_a_loss_is_read_off_the_line_between_evaluations():
     curve = [[10, 1.0, 4.0], [20, 2.0, 3.0], [30, 4.0, 1.0]]
-    assert seconds_to(2.0, curve) == 3.0
-    assert seconds_to(3.0, curve) == 2.0
-    assert seconds_to(4.5, curve) == 1.0
-    assert seconds_to(0.5, curve) is None
+    assert cost_to(2.0, curve) == 3.0
+    assert cost_to(3.0, curve) == 2.0
+    assert cost_to(4.5, curve) == 1.0
+    assert cost_to(0.5, curve) is None
 
 
 def test_the_verdict_says_when_the_smaller_model_wins_and_when_the_recipe_does_not_get_there():
-    def made(loss, seconds, layers=8):
-        return {"nats_per_byte": loss, "seconds": seconds, "layers": layers, "curve": [[1, seconds, loss]]}
+    def made(loss, cost, layers=8):
+        return {"nats_per_byte": loss, "cost": cost, "layers": layers, "curve": [[1, cost, loss]]}
 
     lines = " ".join(verdict([made(2.0, 60), made(2.1, 30), made(1.9, 30, 1)]))
     assert "The recipe did not reach the plain run's final loss: 2.100 nats a byte against 2.000, in 0.50" in lines
