@@ -48,8 +48,8 @@ class Doubles(eke.TechniqueCallback):
         new = [copy.deepcopy(block) for block in pl_module.blocks]
         origin = {
             copied: source
-            for block, twin in zip(pl_module.blocks, new)
-            for source, copied in zip(block.parameters(), twin.parameters())
+            for block, twin in zip(pl_module.blocks, new, strict=True)
+            for source, copied in zip(block.parameters(), twin.parameters(), strict=True)
         }
         pl_module.blocks.extend(new)
         return origin
@@ -97,7 +97,7 @@ def test_state_of_the_copies_is_that_of_their_sources_at_the_growth():
 
     looks = Looks()
     run(looks)
-    for low, high in zip(looks.states[:2], looks.states[2:]):
+    for low, high in zip(looks.states[:2], looks.states[2:], strict=True):
         torch.testing.assert_close(high, low, rtol=0, atol=0)
         assert low["step"] == 3
 

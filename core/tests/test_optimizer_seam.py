@@ -105,7 +105,9 @@ def test_a_parameter_without_an_origin_starts_without_state():
 
 def test_groups_that_do_not_match_are_refused():
     old, after = AdamW([weight()]), AdamW([{"params": [weight()]}, {"params": [weight()]}])
-    with pytest.raises(ValueError, match="2 parameter groups after the change and had 1 before.*Group parameters by kind"):
+    with pytest.raises(
+        ValueError, match="2 parameter groups after the change and had 1 before.*Group parameters by kind"
+    ):
         transplant(old, after, {})
 
 

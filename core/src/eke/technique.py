@@ -172,7 +172,9 @@ class Coordinator(Callback):
                 for need in type(technique).technique.needs:
                     _NEEDS[need](technique, trainer, pl_module)
         altering = self._overriding("alter_model")
-        user_shards = isinstance(trainer.strategy, ModelParallelStrategy) and is_overridden("configure_model", pl_module)
+        user_shards = isinstance(trainer.strategy, ModelParallelStrategy) and is_overridden(
+            "configure_model", pl_module
+        )
         if altering and user_shards and not getattr(trainer.strategy, "shards_in_setup", False):
             raise MisconfigurationException(
                 f"{type(altering[0]).__name__} changes the model after configure_model, where "
@@ -221,9 +223,7 @@ class Coordinator(Callback):
                     optimizer = technique.alter_optimizer(optimizer)
                 return optimizer
 
-            wrap(
-                pl_module, "configure_optimizers", lambda call_next: map_optimizers(call_next(), alter_optimizer)
-            )
+            wrap(pl_module, "configure_optimizers", lambda call_next: map_optimizers(call_next(), alter_optimizer))
         if batching := self._overriding("alter_batch"):
 
             def alter_batch(call_next: Callable[..., Any], batch: Any, *args: Any) -> Any:
