@@ -20,7 +20,7 @@ from eke.testing import (
     run_ranks,
     shuffled,
 )
-from eke.testing.checks import Subject, resumes
+from eke.testing.checks import Subject, resumes, trains_or_refuses
 from eke.testing.compare import checksum
 from eke.testing.data import Images, Order, Tokens
 from eke.testing.ranks import die
@@ -182,6 +182,42 @@ def test_a_stock_loader_that_shuffles_does_not_resume_without_eke():
 def test_dropout_does_not_resume_without_eke():
     with pytest.raises(AssertionError, match="loss"):
         resumes(Subject(Callback), after_epochs=1, dropout=0.1)
+
+
+# Refusals
+
+
+class Refuses(Callback):
+    def __init__(self, error, hook="setup"):
+        setattr(self, hook, lambda *_, **__: self.refuse(error))
+
+    def refuse(self, error):
+        raise error
+
+
+WORDS = "Refuses finds no block in TinyBlocks. Give path=."
+
+
+def test_a_model_outside_shapes_may_be_refused_with_words():
+    assert trains_or_refuses(Subject(lambda: Refuses(ValueError(WORDS))), may_refuse=True) == WORDS
+
+
+@pytest.mark.parametrize(
+    ("error", "hook", "may_refuse", "message"),
+    [
+        (ValueError(WORDS), "setup", False, "TinyBlocks is declared in shapes and was refused"),
+        (ValueError(WORDS), "on_train_batch_end", True, "refused only after the first step"),
+        (ValueError("no"), "setup", True, "a refusal has to say why; it said 'no'"),
+    ],
+)
+def test_a_bad_refusal_is_found(error, hook, may_refuse, message):
+    with pytest.raises(AssertionError, match=message):
+        trains_or_refuses(Subject(lambda: Refuses(error, hook)), may_refuse=may_refuse)
+
+
+def test_a_crash_is_no_refusal():
+    with pytest.raises(KeyError):
+        trains_or_refuses(Subject(lambda: Refuses(KeyError("blocks"))), may_refuse=True)
 
 
 # Comparison

@@ -343,7 +343,7 @@ def fails_cleanly(subject: Subject, where: str) -> None:
         now = copied(dict(tensors(model)))
         shared = [name for name in watch.weights if name in now and now[name].shape == watch.weights[name].shape]
         pair = [{name: weights[name] for name in shared} for weights in (watch.weights, now)]
-        assert_same(*pair, f"weights after the last finished step, then {what}")
+        assert_same(*pair, f"weights when the last batch began or ended, then {what}")
         left = sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
         assert not left, f"files left {what}: {_some(left)}"
         model.fails = False
@@ -410,13 +410,18 @@ def costs_nothing_when_idle(subject: Subject) -> None:
 class _FirstStep(Callback):
     stepped = False
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_after_backward(self, *_: Any) -> None:
         self.stepped = True
 
 
 class _LastWeights(Callback):
+    """The weights when a batch begins, after what techniques do to them there, and when it is through."""
+
     def __init__(self) -> None:
         self.weights: dict[str, Any] = {}
+
+    def on_train_batch_start(self, trainer: Any, model: LightningModule, *_: Any) -> None:
+        self.weights = copied(dict(tensors(model)))
 
     def on_train_batch_end(self, trainer: Any, model: LightningModule, *_: Any) -> None:
         self.weights = copied(dict(tensors(model)))

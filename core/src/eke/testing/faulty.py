@@ -6,6 +6,7 @@ Noise Improves Learning for Very Deep Networks", 2015, https://arxiv.org/abs/151
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -181,6 +182,25 @@ class KeepsOtherWeights(GradientNoise):
         _write(pl_module, self.kept)
 
 
+class LeavesAPerturbation(GradientNoise):
+    """Moves the weights for the time of a step, and back only where the step goes well."""
+
+    def around_step(self, call_next: Callable[..., Any], batch: Any, *args: Any) -> Any:
+        weight = next(self.module.parameters())
+        with torch.no_grad():
+            weight.mul_(2)
+        loss = call_next(batch, *args)
+        with torch.no_grad():
+            weight.div_(2)
+        return loss * 1
+
+    def alter_model(self, pl_module: LightningModule) -> None:
+        self.module = pl_module
+
+    def restore_model(self, pl_module: LightningModule) -> None:
+        self.module = None
+
+
 class LeavesHalfAFile(GradientNoise):
     """Writes a file while it trains, and gives it its name at the end."""
 
@@ -228,6 +248,20 @@ class CopiesComputeWithTheOriginal(GradientNoise):
 
 
 # Numbers
+
+
+class GoesUphill(GradientNoise):
+    """Turns the gradient round."""
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        for weight in pl_module.parameters() if self.scale else ():
+            weight.grad.neg_()
+
+
+class ClaimsToBeExact(GradientNoise):
+    """Is not as exact as its record says."""
+
+    technique = Technique(name="claims_to_be_exact", kind="callback", effects=("changes gradients",), exactness="exact")
 
 
 class StopsTheVectors(GradientNoise):
@@ -283,7 +317,7 @@ class HooksInMidRun(GradientNoise):
     handle: Any = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == 4 and self.scale:
+        if trainer.global_step >= 4 and self.handle is None and self.scale:
             self.handle = pl_module.blocks[0].mlp.register_forward_hook(_half)
 
     def restore_model(self, pl_module: LightningModule) -> None:
