@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import train
 from data import Text, TextError, Windowed, Windows, find_files, split
 from lightning.pytorch import Callback
 from model import ByteGPT, lr_factor
-from report import cost_to, verdict
+from report import Meter, cost_to, verdict
 
 TINY = ["--layers", "2", "--width", "32", "--length", "16", "--batch", "4", "--threads", "1", "--accelerator", "cpu"]
 
@@ -66,6 +67,34 @@ def test_plain_recipe_and_smaller_are_charged_alike(text, tmp_path, capsys, monk
     assert smaller["layers"] == 1
     assert smaller["parameters"] < plain["parameters"]
     assert "In the recipe's time a plain model of 1 block came" in capsys.readouterr().out
+
+
+def test_each_step_is_charged_and_no_evaluation(text, tmp_path, monkeypatch):
+    def slowed(method, seconds):
+        def slow(*arguments):
+            until = time.process_time() + seconds
+            while time.process_time() < until:
+                pass
+            return method(*arguments)
+
+        return slow
+
+    monkeypatch.setattr(ByteGPT, "training_step", slowed(ByteGPT.training_step, 0.3))
+    monkeypatch.setattr(ByteGPT, "validation_step", slowed(ByteGPT.validation_step, 2))
+    run("--text", text, "--out", tmp_path / "runs", "--steps", 4, "--plain-only")
+    (plain,) = report(tmp_path / "runs/1")["runs"]
+    assert len(plain["curve"]) == 4  # of at least two seconds each
+    assert 0.9 < plain["cost"] < 2  # three steps: the last is the one whose memory is counted
+
+
+def test_the_smaller_model_gets_as_many_steps_as_the_recipe_paid_for(text, tmp_path, monkeypatch):
+    costs = iter([0.4, 0.2])
+    monkeypatch.setattr(Meter, "cost_per_step", lambda meter: next(costs))
+    options = train.parse([*TINY])
+    smaller = train.Run("smaller", layers=1, lr=1e-3, steps=0)
+    data = Text(text, options.length, options.batch, seed=0)
+    assert train.steps_within(10.0, smaller, options, data, tmp_path) == 25
+    assert train.steps_within(10.0, smaller, options, data, tmp_path) == 25  # resumed: not timed again
 
 
 def test_an_interrupted_comparison_goes_on_to_the_same_loss(text, tmp_path, monkeypatch):
