@@ -6,6 +6,7 @@ import json
 import math
 import platform
 import time
+from contextlib import ExitStack
 from importlib.metadata import distributions
 from pathlib import Path
 from statistics import median
@@ -38,6 +39,7 @@ class Meter(Callback):
         self._now = time.perf_counter
         self._marks: list[float] = []
         self._tracker: MemTracker | None = None
+        self._counting = ExitStack()
 
     def on_train_start(self, trainer, pl_module) -> None:
         if pl_module.device.type == "cpu":
@@ -53,15 +55,20 @@ class Meter(Callback):
             self._stop()
             self._tracker = MemTracker()
             self._tracker.track_external(pl_module, *trainer.optimizers)
-            self._tracker.__enter__()
+            self._counting.enter_context(self._tracker)
+            # Compiled code neither compiles nor runs under a dispatch mode: an 8-bit optimizer steps eagerly this once.
+            self._counting.enter_context(torch.compiler.set_stance("force_eager"))
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if self._tracker is None:
             self.steps += 1
             return
-        self._tracker.__exit__(None, None, None)
+        self._counting.close()
         self.peak_memory = max(parts["Total"] for parts in self._tracker.get_tracker_snapshot("peak").values())
         self._tracker = None
+
+    def on_exception(self, trainer, pl_module, exception) -> None:
+        self._counting.close()
 
     def on_validation_start(self, trainer, pl_module) -> None:
         self._stop()
