@@ -28,7 +28,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from model import ByteGPT
 from report import Meter, Progress, environment, print_sweep, print_table, save_report
 
-EVALUATIONS = 12  # per run, at equal distances, the last one after the last step
+EVALUATIONS = (12, 10, 9, 8, 11, 7, 6, 5, 4, 3, 2)  # per run, at equal distances: the first that divides its steps best
 
 
 @dataclass
@@ -147,9 +147,9 @@ def steps_within(cost: float, run: Run, options: argparse.Namespace, text: Text,
 
 
 def evaluation_points(steps: int) -> tuple[int, int]:
-    """Steps between evaluations, and ``steps`` rounded to a whole number of them, so that the last one ends the run."""
-    every = max(1, steps // EVALUATIONS)
-    return every, round(steps / every) * every
+    """Steps between evaluations, and ``steps`` as a whole number of them, so that the last one ends the run."""
+    times = min((n for n in EVALUATIONS if n <= steps), key=lambda n: steps % n, default=1)
+    return steps // times, steps // times * times
 
 
 def read_recipe(words: list[str]) -> dict[str, dict]:
@@ -210,7 +210,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--batch", type=at_least(1), default=8, help="windows in a step (default: %(default)s)")
     add("--lr", type=float, default=8e-3, help="highest learning rate (default: %(default)s, tuned for the defaults)")
     add("--control-layers", type=at_least(1), default=1, help="blocks of the smaller model (default: %(default)s)")
-    add("--control-lr", type=float, default=8e-3, help="its highest learning rate (default: %(default)s, tuned)")
+    add("--control-lr", type=float, default=16e-3, help="its highest learning rate (default: %(default)s, tuned)")
     add("--sweep", type=float, nargs="+", metavar="LR", help="only try these learning rates on the plain model")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--precision", default="32-true", help="as Trainer takes it, such as bf16-mixed (default: %(default)s)")
