@@ -1,4 +1,4 @@
-dists  := core $(patsubst %/pyproject.toml,%,$(wildcard callbacks/*/pyproject.toml plugins/*/pyproject.toml strategies/*/pyproject.toml))
+dists  := core bench $(patsubst %/pyproject.toml,%,$(wildcard callbacks/*/pyproject.toml plugins/*/pyproject.toml strategies/*/pyproject.toml))
 python := .venv/bin/python
 pip    := $(python) -m pip install --quiet --disable-pip-version-check
 
