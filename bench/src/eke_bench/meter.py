@@ -49,9 +49,7 @@ class Meter:
         count: Count FLOPs and memory of one step of each kind, off the clock.
     """
 
-    def __init__(
-        self, probe: Callable[[], Any], *, every: int = 10, device: str = "cpu", count: bool = True
-    ) -> None:
+    def __init__(self, probe: Callable[[], Any], *, every: int = 10, device: str = "cpu", count: bool = True) -> None:
         self.kinds: dict[str, Kind] = {}
         self.curve: list[dict[str, Any]] = []
         self.probes: list[float] = []
@@ -77,7 +75,7 @@ class Meter:
         """Stop all clocks: evaluation, counting, a probe."""
         if self._mark is not None:
             now = self._now()
-            self._spent = [spent + later - earlier for spent, later, earlier in zip(self._spent, now, self._mark)]
+            self._spent = [spent + now[i] - self._mark[i] for i, spent in enumerate(self._spent)]
             self._mark = None
 
     def resume(self) -> None:

@@ -20,7 +20,6 @@ from eke_bench.meter import Meter
 from eke_bench.store import Run, Store
 from eke_bench.subjects import Missing
 from eke_bench.subjects import load as load_subject
-from eke_bench.workloads import Workload
 from eke_bench.workloads import load as load_workload
 
 
@@ -31,16 +30,21 @@ class Runner:
         folder: Of the results.
         jobs: Runs at a time, each in a process of its own with one thread.
         say: Is told of each run that is done.
+        train: Whether what is not stored is trained; else it counts as missing.
     """
 
-    def __init__(self, folder: str, jobs: int = 1, say: Callable[[str], None] = print) -> None:
-        self.folder, self.jobs, self.say = folder, jobs, say
+    def __init__(self, folder: str, jobs: int = 1, say: Callable[[str], None] = print, *, train: bool = True) -> None:
+        if jobs < 1:
+            raise ValueError(f"jobs={jobs} runs nothing. Give 1 or more.")
+        self.folder, self.jobs, self.say, self.train = folder, jobs, say, train
 
     def __call__(self, runs: Iterable[Run]) -> list[dict[str, Any]]:
         """Results of these runs, in this order. One that fails is stored as such and hinders no other."""
         ids = [(run.id(), run) for run in runs]
         found = {key: self.store(run).find(run) for key, run in dict(ids).items()}
         missing = {key: run for key, run in dict(ids).items() if found[key] is None}
+        if not self.train:
+            return [found[key] or store.record(run, {"error": "it is not stored"}, "missing") for key, run in ids]
         if missing:
             self.say(f"{len(missing)} of {len(found)} runs to do:")
         for number, (key, result) in enumerate(self._train(missing), start=1):
@@ -126,7 +130,8 @@ def describe(run: Run) -> str:
     recipe = " + ".join(run.recipe) or "plain"
     again = f", again {run.again}" if run.again else ""
     who = "" if run.subject == "lightning" else f"{run.subject}, "
-    return f"{run.workload} {run.size}, {who}{recipe}, {shape}, {run.steps} steps, lr {run.lr:g}, seed {run.seed}{again}"
+    budget = f"{run.steps} steps, lr {run.lr:g}, seed {run.seed}{again}"
+    return f"{run.workload} {run.size}, {who}{recipe}, {shape}, {budget}"
 
 
 def _outcome(result: dict[str, Any]) -> str:

@@ -36,6 +36,12 @@ class Subject(Protocol):
         """
 
 
+def missing(name: str) -> str | None:
+    """Why a subject cannot run here; None if it can."""
+    absent = [package for package in NAMES[name][1] if find_spec(package) is None]
+    return f"{absent[0]} is not installed" if absent else None
+
+
 def load(name: str) -> Subject:
     """A subject by name.
 
@@ -45,11 +51,9 @@ def load(name: str) -> Subject:
     """
     if name not in NAMES:
         raise EkeError(f"no subject {name!r}. There are: {', '.join(NAMES)}.")
-    path, packages = NAMES[name]
-    for package in packages:
-        if find_spec(package) is None:
-            raise Missing(f"{name} is not available here: {package} is not installed.")
-    module, _, attribute = path.partition(":")
+    if why := missing(name):
+        raise Missing(f"{name} is not available here: {why}.")
+    module, _, attribute = NAMES[name][0].partition(":")
     try:
         return getattr(import_module(module), attribute)()
     except ImportError as error:

@@ -119,7 +119,7 @@ class Learner(LightningModule):
 
 
 def lr_factor(step: int, steps: int, rise: int) -> float:
-    """Share of the highest learning rate at ``step``: up over ``rise`` steps, then straight down to zero at ``steps``."""
+    """Share of the highest learning rate at ``step``: up over ``rise`` steps, then straight down to 0 at ``steps``."""
     return min((step + 1) / rise, max(0.0, (steps - step) / max(1, steps - rise)), 1.0)
 
 

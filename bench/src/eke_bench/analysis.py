@@ -1,0 +1,216 @@
+"""From stored results to what may be said: rows of a table, each with its verdict."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from eke_bench.benchmark import Benchmark, ledger, quality
+from eke_bench.stats import Interval, cost_of_quality, overlap, paired_mean, quality_at_cost
+from eke_bench.workloads import load
+
+TOLERANCE = 1e-4  # of a loss, relative, within which two runs of the same mathematics count as equal
+
+
+def summarize(benchmark: Benchmark, size: str, results: Mapping[str, list[Any]]) -> dict[str, Any]:
+    """Everything that tables, pictures and headlines show, as plain data.
+
+    Returns:
+        ``rows``, one for each label, with medians over seeds; ``aa``, what the A/A control allows to be told apart;
+        ``verdict`` and ``headline`` for the first variant.
+    """
+    workload = load(benchmark.workload, size)
+    rows = {label: _row(label, benchmark, runs) for label, runs in results.items()}
+    baseline = rows["baseline"]
+    if baseline["status"] != "ok":
+        raise ValueError(f"the baseline of {benchmark.name} has no result: {baseline['error']}")
+    aa = _noise(results)
+    for label, row in rows.items():
+        if row["status"] == "ok":
+            _compare(row, results[label], results, aa)
+    summary = {
+        "name": benchmark.name,
+        "workload": benchmark.workload,
+        "size": size,
+        "claim": benchmark.claim,
+        "unit": workload.unit,
+        "higher_is_better": workload.higher_is_better,
+        "fixed_architecture": bool(benchmark.shape.get(size)),
+        "seeds": len(results["baseline"]),
+        "aa": aa,
+        "rows": rows,
+        "environment": next(one for one in results["baseline"] if one["status"] == "ok")["environment"],
+    }
+    first = rows[next(iter(benchmark.variants))]
+    same = benchmark.claim == "same mathematics"
+    summary["verdict"] = (
+        (_same_verdict if same else _changed_verdict)(first, rows)
+        if first["status"] == "ok"
+        else (f"failed: {first['error']}")
+    )
+    summary["headline"] = _headline(summary, first)
+    return summary
+
+
+def _row(label: str, benchmark: Benchmark, runs: list[Any]) -> dict[str, Any]:
+    good = [one for one in runs if one["status"] == "ok"]
+    row: dict[str, Any] = {"label": label, "role": _role(label, benchmark), "runs": len(good)}
+    if len(good) < len(runs):
+        bad = next(one for one in runs if one["status"] != "ok")
+        return {**row, "status": bad["status"], "error": bad["error"]}
+    accounts = [one["accounts"] for one in good]
+    memory = accounts[0]["memory"]
+    return {
+        **row,
+        "status": "ok",
+        "steps": good[0]["run"]["steps"],
+        "lr": good[0]["run"]["lr"],
+        "shape": good[0]["run"]["shape"],
+        "quality": [quality(one) for one in good],
+        "final": {name: statistics.fmean(one["final"][name] for one in good) for name in good[0]["final"]},
+        **{name: _middle(one[name] for one in accounts) for name in ("wall_s", "cpu_s", "ledger", "flops", "energy_j")},
+        "memory": memory,
+        "first_step_s": _middle(one["first_step_s"] for one in accounts),
+    }
+
+
+def _role(label: str, benchmark: Benchmark) -> str:
+    for role, labels in (
+        ("variant", benchmark.variants),
+        ("control", benchmark.controls),
+        ("subject", benchmark.subjects),
+    ):
+        if label in labels:
+            return role
+    return {"A/A": "A/A", "shorter": "control", "smaller": "control"}.get(label, "baseline")
+
+
+def _noise(results: Mapping[str, list[Any]]) -> dict[str, Any]:
+    """What differs between two rows of the same runs: cost of a step as a ratio, and quality, as the largest seen."""
+    pairs = [
+        (one, other)
+        for one, other in zip(results["baseline"], results["A/A"], strict=True)
+        if one["status"] == other["status"] == "ok"
+    ]
+    ratios = [_per_step(other) / _per_step(one) for one, other in pairs if _per_step(one) and _per_step(other)]
+    gaps = [quality(other) - quality(one) for one, other in pairs]
+    return {
+        "cost_ratio": [min(ratios), max(ratios)] if ratios else None,
+        "cost_reach": max((abs(math.log(ratio)) for ratio in ratios), default=0.0),
+        "quality_gap": gaps,
+        "quality_reach": max((abs(gap) for gap in gaps), default=0.0),
+    }
+
+
+def _compare(row: dict[str, Any], runs: list[Any], results: Mapping[str, list[Any]], aa: Mapping[str, Any]) -> None:
+    """Add to a row how it stands against the baseline of the same seeds."""
+    bases = results["baseline"]
+    steps = [
+        _per_step(one) / _per_step(base)
+        for one, base in zip(runs, bases, strict=True)
+        if base["status"] == "ok" and _per_step(one) and _per_step(base)
+    ]
+    if steps:
+        row["step_ratio"] = [statistics.median(steps), min(steps), max(steps)]
+        # A control of a few pairs may look quieter than the machine is: no less than two in a hundred is told apart.
+        row["step_told_apart"] = all(abs(math.log(ratio)) > max(aa["cost_reach"], 0.02) for ratio in steps)
+    base_memory = bases[0]["accounts"]["memory"] if bases[0]["status"] == "ok" else None
+    if row["memory"] and base_memory:
+        row["memory_ratio"] = row["memory"]["total"] / base_memory["total"]
+    row["quality_gap"] = [
+        quality(one) - quality(base) for one, base in zip(runs, bases, strict=True) if base["status"] == "ok"
+    ]
+    if "baseline, 1/2" not in results or row["ledger"] is None:
+        return
+    costs, gains = [], []
+    for number, one in enumerate(runs):
+        points = [results[label][number] for label in ("baseline", "baseline, 1/2", "baseline, 1/3")]
+        curve = [(ledger([point]), quality(point)) for point in points if point["status"] == "ok" and ledger([point])]
+        if not curve:
+            continue
+        mine = one["accounts"]["ledger"]
+        needed = cost_of_quality(curve, quality(one))
+        costs.append([mine / needed.value, mine / needed.high if needed.high else 0.0, _over(mine, needed.low)])
+        reached = quality_at_cost(curve, mine)
+        if reached is not None:
+            gains.append(reached - quality(one))
+    if costs:
+        row["cost_at_quality"] = _middle_bound(costs)
+    if gains:
+        row["gain_at_cost"] = gains
+        interval = paired_mean(gains)
+        row["gain_interval"] = [interval.value, interval.low, interval.high]
+        row["gain_told_apart"] = 0.0 not in interval and abs(interval.value) > aa["quality_reach"]
+
+
+def _over(mine: float, low: float) -> float:
+    return mine / low if low else math.inf
+
+
+def _middle_bound(costs: list[list[float]]) -> list[float]:
+    """The run in the middle by its ratio, with how far the truth may be from it: [ratio, at least, at most]."""
+    return sorted(costs)[len(costs) // 2]
+
+
+def _changed_verdict(row: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
+    """One of: pays; a smaller model pays more; not told apart; does not pay; not comparable."""
+    if "gain_interval" not in row:
+        return "not comparable: its cost lies beyond the baseline's three budgets"
+    if not row["gain_told_apart"]:
+        return "not told apart from training the plain model for as long"
+    if row["gain_interval"][0] < 0:
+        return "does not pay: the plain model is better for the same cost"
+    smaller = rows.get("smaller")
+    if smaller and smaller["status"] == "ok":
+        gaps = paired_mean([s - q for s, q in zip(smaller["quality"], row["quality"], strict=True)])
+        if gaps.value < 0:
+            return "pays where the architecture is given; a smaller plain model is better for the same cost"
+    return "pays"
+
+
+def _same_verdict(row: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
+    """Whether the mathematics is the same, and what a step costs."""
+    base = rows["baseline"]["quality"]
+    off = max(abs(gap) / max(abs(value), 1e-12) for gap, value in zip(row["quality_gap"], base, strict=True))
+    said = "same losses" if off <= TOLERANCE else f"not the same mathematics here: losses differ by up to {off:.1e}"
+    if "step_ratio" not in row:
+        return f"{said}; cost of a step not known"
+    if not row["step_told_apart"]:
+        return f"{said}; cost of a step not told apart"
+    return f"{said}; a step costs {row['step_ratio'][0]:.2f} of the plain one"
+
+
+def _headline(summary: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """What the table of techniques says."""
+    if row["status"] != "ok":
+        return f"{row['status']}: {row['error']}"
+    unit, rows = summary["unit"], summary["rows"]
+    sign = -1 if summary["higher_is_better"] else 1
+    value = sign * statistics.fmean(row["quality"])
+    parts = []
+    if "memory_ratio" in row:
+        parts.append(f"{row['memory_ratio']:.2f} of the peak memory")
+    if "step_ratio" in row:
+        parts.append(f"{row['step_ratio'][0]:.2f} of the cost of a step")
+    if summary["claim"] == "same mathematics":
+        return f"{summary['verdict']}; {', '.join(parts)}"
+    text = f"{summary['verdict']} ({summary['workload']}, {summary['seeds']} seeds): {value:.3f} {unit}"
+    for label, words in (("shorter", "the plain model for the same cost"), ("smaller", "a smaller one")):
+        if label in rows and rows[label]["status"] == "ok":
+            text += f", {words} {sign * statistics.fmean(rows[label]['quality']):.3f}"
+    return f"{text}; {', '.join(parts)}" if parts else text
+
+
+def _per_step(result: Mapping[str, Any]) -> float | None:
+    accounts = result["accounts"] if result["status"] == "ok" else {}
+    return accounts["ledger"] / accounts["steps"] if accounts.get("ledger") else None
+
+
+def _middle(values: Any) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+__all__ = ["TOLERANCE", "Interval", "ledger", "overlap", "summarize"]

@@ -1,0 +1,153 @@
+"""What is compared with what: one technique, its plain baseline at three budgets, and the controls it has to beat."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from eke.spec import EkeError
+
+from eke_bench.runner import Runner
+from eke_bench.store import Run
+from eke_bench.workloads import load
+
+Recipe = Mapping[str, Mapping[str, Any]]
+AGAIN = 100  # added to the seeds of the A/A control
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One comparison; a technique's ``benchmark.py`` is this and a call of :func:`eke_bench.main`.
+
+    Args:
+        name: Of the technique, or of whatever is compared.
+        variants: What is measured, by label. The first is the one that the headline is about.
+        workload: Name, or ``package.module:Class``.
+        claim: ``"changed algorithm"``: quality at equal cost, and cost at equal quality, are compared.
+            ``"same mathematics"``: losses have to be equal, and cost of a step and memory are compared.
+        controls: Recipes that should do worse if the idea is right, such as a random choice in place of a computed one.
+        shape: Of the model at a size, where the reference model is not what the technique is for, such as a deep one.
+            The comparison is then labelled as one of a fixed architecture.
+        smaller: Shape of the control at a size, a plain model that costs less a step. By default the workload's.
+        subjects: Who else trains the same, by label: names of ``eke_bench.subjects``.
+    """
+
+    name: str
+    variants: Mapping[str, Recipe]
+    workload: str = "gpt"
+    claim: Literal["changed algorithm", "same mathematics"] = "changed algorithm"
+    controls: Mapping[str, Recipe] = field(default_factory=dict)
+    shape: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    smaller: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    subjects: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.variants:
+            raise ValueError(f"{self.name} compares nothing: variants is empty. Give one recipe or more, by label.")
+        if self.claim not in ("changed algorithm", "same mathematics"):
+            raise ValueError(f"claim={self.claim!r} is neither 'changed algorithm' nor 'same mathematics'.")
+
+
+def measure(benchmark: Benchmark, size: str, runner: Runner, seeds: int | None = None) -> dict[str, list[Any]]:
+    """Train everything that the comparison needs, and return the results by label, one for each seed.
+
+    The learning rate is tuned for the baseline, and for the smaller model, and every run's ends at its own budget.
+    Labels: ``"baseline"``, ``"baseline, 1/2"``, ``"baseline, 1/3"``, ``"A/A"``, each variant, control and subject, and,
+    for a changed algorithm, ``"shorter"`` (the baseline for as long as the first variant took, by the ledger) and
+    ``"smaller"`` (the smaller model for as long).
+    """
+    at = load(benchmark.workload, size).size
+    numbers = range(seeds or at.seeds)
+    shape = dict(benchmark.shape.get(size, at.shape))
+    full = Run(benchmark.workload, size, shape, at.steps, 0.0)
+    full = full.but(lr=tune(full, at.lrs, runner))
+    plan: dict[str, list[Run]] = {"baseline": [full.but(seed=seed) for seed in numbers]}
+    if benchmark.claim == "changed algorithm":
+        for budget, label in ((1 / 2, "1/2"), (1 / 3, "1/3")):
+            steps = whole(at.steps * budget, at.evaluations)
+            plan[f"baseline, {label}"] = [full.but(seed=seed, steps=steps) for seed in numbers]
+        plan["A/A"] = [full.but(seed=seed + AGAIN) for seed in numbers]
+    else:
+        plan["A/A"] = [full.but(seed=seed, again=1) for seed in numbers]
+    for label, recipe in {**benchmark.variants, **benchmark.controls}.items():
+        plan[label] = [full.but(seed=seed, recipe=_plain(recipe)) for seed in numbers]
+    for label, subject in benchmark.subjects.items():
+        plan[label] = [full.but(seed=seed, subject=subject) for seed in numbers]
+    results = run(plan, runner)
+    if benchmark.claim == "changed algorithm":
+        cost = ledger(results[next(iter(benchmark.variants))])
+        if cost is not None:
+            control = full.but(shape=dict(benchmark.smaller.get(size, at.smaller[0])))
+            results |= run(matched(full, control, cost, at, numbers, results, runner), runner)
+    return results
+
+
+def run(plan: Mapping[str, list[Run]], runner: Runner) -> dict[str, list[Any]]:
+    """Train a plan, seed by seed, so that a benchmark that is stopped has whole seeds."""
+    by_seed = [one for runs in zip(*plan.values(), strict=True) for one in runs]
+    done = dict(zip([one.id() for one in by_seed], runner(by_seed), strict=True))
+    return {label: [done[one.id()] for one in runs] for label, runs in plan.items()}
+
+
+def matched(
+    full: Run, smaller: Run, cost: float, at: Any, numbers: range, results: Mapping[str, list[Any]], runner: Runner
+) -> dict[str, list[Run]]:
+    """The baseline, and a smaller model at its own learning rate, for as many steps as come to ``cost``."""
+    per_step = ledger(results["baseline"]) / at.steps
+    shorter = full.but(steps=whole(cost / per_step, at.evaluations))
+    (pilot,) = runner([smaller.but(steps=whole(at.steps / 6, at.evaluations), lr=full.lr)])
+    if pilot["status"] != "ok":
+        raise EkeError(f"the smaller control model cannot be trained: {pilot['error']}")
+    steps = whole(cost / (pilot["accounts"]["ledger"] / pilot["accounts"]["steps"]), at.evaluations)
+    smaller = smaller.but(steps=steps)
+    smaller = smaller.but(lr=tune(smaller, at.lrs, runner))
+    return {
+        "shorter": [shorter.but(seed=seed) for seed in numbers],
+        "smaller": [smaller.but(seed=seed) for seed in numbers],
+    }
+
+
+def tune(run: Run, rates: tuple[float, ...], runner: Runner) -> float:
+    """The best learning rate of a sweep on seed 0, which goes on beyond an end as long as that is the best.
+
+    Raises:
+        EkeError: no learning rate trained.
+    """
+    tried: dict[float, float] = {}
+    todo = list(rates)
+    while todo:
+        for rate, result in zip(todo, runner([run.but(lr=rate) for rate in todo]), strict=True):
+            tried[rate] = quality(result) if result["status"] == "ok" else float("inf")
+            if result["status"] != "ok" and len(tried) == len(rates) and min(tried.values()) == float("inf"):
+                raise EkeError(f"the baseline cannot be trained at any learning rate: {result['error']}")
+        best = min(tried, key=tried.get)
+        todo = []
+        if len(tried) < len(rates) + 4:
+            todo = [2 * best] if best == max(tried) else [best / 2] if best == min(tried) else []
+    return best
+
+
+def quality(result: Mapping[str, Any]) -> float:
+    """The deciding measure of a result, lower being better; a loss that is no number counts as infinite."""
+    workload = load(result["run"]["workload"], result["run"]["size"])
+    value = result["final"][workload.metric]
+    if value != value:
+        return float("inf")
+    return -value if workload.higher_is_better else value
+
+
+def ledger(results: list[Mapping[str, Any]]) -> float | None:
+    """Median cost in reference steps, of the runs that came to an end."""
+    costs = [one["accounts"]["ledger"] for one in results if one["status"] == "ok"]
+    return statistics.median(costs) if costs else None
+
+
+def whole(steps: float, evaluations: int) -> int:
+    """A number of steps that divides into the evaluations."""
+    return max(1, round(steps / evaluations)) * evaluations
+
+
+def _plain(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    return {name: dict(arguments) for name, arguments in recipe.items()}
