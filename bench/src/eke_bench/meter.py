@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from eke import measure
-from eke.compat import MemTracker
 from torch import nn
 from torch.optim import Optimizer
 
@@ -119,17 +118,15 @@ class Meter:
         self.pause()
         self._counted += 1
         told: list[str] = []
-        tracker = MemTracker()
-        tracker.track_external(module, *optimizers)
         try:
             with ExitStack() as stack:
                 # Compiled code neither compiles nor runs under a dispatch mode.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
                 if self._cuda:
-                    torch.cuda.synchronize()
                     torch.cuda.reset_peak_memory_stats()
+                    memory: dict[str, int] = {}
                 else:
-                    stack.enter_context(tracker)
+                    memory = stack.enter_context(measure.tracked_memory(module, *optimizers))
                 flops = stack.enter_context(measure.count_flops())
                 yield told.append
         finally:
@@ -137,10 +134,7 @@ class Meter:
         found = self.kinds.setdefault(told[0], Kind())
         found.steps += 1
         found.flops = flops["flops"]
-        if self._cuda:
-            found.memory = {"total": torch.cuda.max_memory_allocated()}
-        else:
-            found.memory = measure.by_cause(tracker)
+        found.memory = {"total": torch.cuda.max_memory_allocated()} if self._cuda else memory
         if self.total % self._every == 0:
             self._close_window()
         self.resume()

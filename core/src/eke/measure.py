@@ -36,15 +36,28 @@ def memory_peak(step: Callable[[], Any], module: nn.Module, *optimizers: Optimiz
     Returns:
         Each of :data:`CAUSES` to its bytes at the moment of the highest total, and ``"total"``.
     """
+    with tracked_memory(module, *optimizers) as peak:
+        step()
+    return peak
+
+
+@contextmanager
+def tracked_memory(module: nn.Module, *optimizers: Optimizer) -> Iterator[dict[str, int]]:
+    """:func:`memory_peak` of what runs inside the block.
+
+    Yields:
+        A dictionary that is filled when the block ends.
+    """
+    result: dict[str, int] = {}
     tracker = compat.MemTracker()
     tracker.track_external(module, *optimizers)
     with tracker:
-        step()
+        yield result
     peak: Counter[str] = Counter()
     for by_cause in tracker.get_tracker_snapshot("peak").values():
         for cause, size in by_cause.items():
             peak[_CAUSE_OF.get(str(getattr(cause, "value", cause)), "total")] += size
-    return {cause: peak[cause] for cause in (*CAUSES, "total")}
+    result.update({cause: peak[cause] for cause in (*CAUSES, "total")})
 
 
 _CAUSE_OF = {
