@@ -177,6 +177,16 @@ def test_techniques_leave_the_callback_list_and_can_be_asked_for(tmp_path):
     assert eke.techniques(run) == [one, two]
 
 
+def test_a_run_without_techniques_may_be_asked_for_them_in_its_middle():
+    class Asks(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            self.found = eke.techniques(trainer)
+
+    asks = Asks()
+    trainer(asks).fit(Net(), data())
+    assert asks.found == []
+
+
 def test_a_technique_added_before_a_second_fit_joins():
     notes = []
     run = trainer(technique("one")())

@@ -110,6 +110,8 @@ class TechniqueCallback(Callback):
 
 def techniques(trainer: Trainer) -> list[TechniqueCallback]:
     """The Eke techniques of a Trainer, in the order in which they act."""
+    if not any(isinstance(one, (TechniqueCallback, Coordinator)) for one in trainer.callbacks):
+        return []  # and no coordinator: a run that has begun without one would call one that was never set up
     return list(Coordinator.of(trainer).techniques)
 
 
