@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from eke.spec import EkeError
 
+from eke_bench.workloads import load
+
 SCHEMA = "eke-bench/1"
 
 
@@ -53,9 +55,16 @@ class Run:
         return asdict(self)
 
     def id(self) -> str:
-        """Names the run and the versions that would make it."""
-        text = json.dumps([self.spec(), versions(self)], sort_keys=True)
+        """Names the run, the versions that would make it and what its workload's size means today."""
+        text = json.dumps([self.spec(), versions(self), _definition(self.workload, self.size)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@cache
+def _definition(workload: str, size: str) -> dict[str, Any]:
+    """What a size means, but for what only says which runs are made of it."""
+    defined = asdict(load(workload, size).size)
+    return {name: defined[name] for name in ("batch", "shape", "evaluations", "options")}
 
 
 def versions(run: Run) -> dict[str, str]:

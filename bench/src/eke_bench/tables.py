@@ -4,76 +4,74 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-COLUMNS = (
-    "run",
-    "steps",
-    "quality",
-    "ledger",
-    "CPU s",
-    "wall s",
-    "PFLOP",
-    "peak MiB",
-    "energy J",
-    "step",
-    "cost at equal quality",
-    "gain at equal cost",
-)
+VERDICTS = ("steps", "quality", "step", "for the quality", "for the cost", "peak MiB")
+ACCOUNTS = ("ledger", "CPU s", "wall s", "GFLOP", "energy J", "first step s")
 
 
 def show(summary: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print a comparison: every row with its five accounts, then what may be concluded."""
+    """Print a comparison: what each row gives, its accounts, then what may be concluded."""
     console = console or Console()
     fixed = ", fixed architecture" if summary["fixed_architecture"] else ""
-    title = f"{summary['name']}: {summary['workload']}, size {summary['size']}, {summary['seeds']} seeds{fixed}"
-    table = Table(*(cell.replace("quality", summary["unit"], 1) if cell == "quality" else cell for cell in COLUMNS))
-    table.title, table.box, table.title_justify = title, SIMPLE_HEAD, "left"
-    for number, column in enumerate(table.columns):
-        column.justify = "left" if number == 0 else "right"
-        column.overflow = "fold"
-    for row in summary["rows"].values():
-        table.add_row(*cells(row, summary))
-    console.print(table)
+    console.print(
+        f"{summary['name']} on {summary['workload']}, size {summary['size']}, {summary['seeds']} seeds{fixed}",
+        style="bold",
+        highlight=False,
+    )
+    for columns in (VERDICTS, ACCOUNTS):
+        head, *rows = grid(summary, columns)
+        table = Table(*head, box=SIMPLE_HEAD)
+        for number, column in enumerate(table.columns):
+            column.justify = "left" if number == 0 else "right"
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
     for line in notes(summary):
         console.print(line, highlight=False)
 
 
-def markdown(summary: Mapping[str, Any]) -> str:
-    """The same table for a README, without columns that are empty in every row."""
-    rows = [cells(row, summary) for row in summary["rows"].values()]
-    kept = [number for number in range(len(COLUMNS)) if any(row[number] not in ("", "-") for row in rows)]
-    names = [summary["unit"] if COLUMNS[number] == "quality" else COLUMNS[number] for number in kept]
-    lines = [names, ["---"] * len(kept), *([row[number] for number in kept] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def markdown(summary: Mapping[str, Any], columns: Sequence[str] = (*VERDICTS, *ACCOUNTS[:3])) -> str:
+    """The table for a README."""
+    head, *rows = grid(summary, columns)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
 
 
-def cells(row: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
-    """A row of the table; what is not known is a dash, what failed says so."""
+def grid(summary: Mapping[str, Any], columns: Sequence[str]) -> list[list[str]]:
+    """Header and rows of these columns, without those that are empty in every row."""
+    rows = [[row["label"], *(_cell(column, row, summary) for column in columns)] for row in summary["rows"].values()]
+    head = ["run", *(summary["unit"] if column == "quality" else column for column in columns)]
+    kept = [number for number in range(len(head)) if any(row[number] not in ("", "-") for row in rows)]
+    return [[line[number] for number in kept] for line in (head, *rows)]
+
+
+def _cell(column: str, row: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """What is not known is a dash; what failed says so once."""
     if row["status"] != "ok":
-        return [row["label"], row["status"], *[""] * (len(COLUMNS) - 2)]
+        return row["status"] if column in ("steps", "ledger") else ""
     sign = -1 if summary["higher_is_better"] else 1
     values = [sign * value for value in row["quality"]]
     spread = f" ±{(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
-    return [
-        row["label"],
-        f"{row['steps']:,}",
-        f"{statistics.fmean(values):.3f}{spread}",
-        _number(row["ledger"], ",.0f"),
-        _number(row["cpu_s"], ".1f"),
-        _number(row["wall_s"], ".1f"),
-        _number(row["flops"] and row["flops"] / 1e15, ".3g"),
-        _number(row["memory"] and row["memory"]["total"] / 2**20, ".1f"),
-        _number(row["energy_j"], ",.0f"),
-        _ratio(row.get("step_ratio"), row.get("step_told_apart"), row),
-        _bound(row.get("cost_at_quality"), row),
-        _gain(row),
-    ]
+    plain = row["role"] in ("baseline", "A/A")
+    return {
+        "steps": lambda: f"{row['steps']:,}",
+        "quality": lambda: f"{statistics.fmean(values):.3f}{spread}",
+        "step": lambda: _ratio(row),
+        "for the quality": lambda: "-" if plain else _bound(row.get("cost_at_quality")),
+        "for the cost": lambda: "-" if plain else _gain(row),
+        "peak MiB": lambda: _number(row["memory"] and row["memory"]["total"] / 2**20, ".1f"),
+        "ledger": lambda: _number(row["ledger"], ",.0f"),
+        "CPU s": lambda: _number(row["cpu_s"], ",.1f"),
+        "wall s": lambda: _number(row["wall_s"], ",.1f"),
+        "GFLOP": lambda: _number(row["flops"] and row["flops"] / 1e9, ",.3g" if (row["flops"] or 0) < 1e12 else ",.0f"),
+        "energy J": lambda: _number(row["energy_j"], ",.0f"),
+        "first step s": lambda: _number(row["first_step_s"], ".2f"),
+    }[column]()
 
 
 def notes(summary: Mapping[str, Any]) -> list[str]:
@@ -81,9 +79,11 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
     aa = summary["aa"]
     low, high = aa["cost_ratio"] or (math.nan, math.nan)
     lines = [
+        "step: cost of a step, plain = 1. for the quality: cost, that of the plain model which gets as far = 1; "
+        f"< and > are bounds. for the cost: {summary['unit']} better (+) or worse (-) than the plain model for the "
+        "same cost. ledger: cost in steps of the reference model, taken between the steps of the same run.",
         f"A/A control: cost of a step {low:.3f} to {high:.3f} times itself, {summary['unit']} apart by up to "
-        f"{aa['quality_reach']:.4f}. What lies inside is marked ~: not told apart.",
-        "ledger: cost in steps of the reference model, measured between the steps of the same run.",
+        f"{aa['quality_reach']:.4f}. What cannot be told apart from that is marked ~.",
     ]
     failed = [row for row in summary["rows"].values() if row["status"] != "ok"]
     lines += [f"{row['label']}: {row['status']}: {row['error']}" for row in failed]
@@ -115,14 +115,16 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _ratio(ratio: list[float] | None, apart: bool | None, row: Mapping[str, Any]) -> str:
-    if ratio is None or row["label"] == "baseline":
-        return "-" if ratio is None else "1"
-    return f"{'' if apart else '~'}{ratio[0]:.2f}"
+def _ratio(row: Mapping[str, Any]) -> str:
+    if row["role"] == "baseline":
+        return "1" if row["label"] == "baseline" else "-"
+    if "step_ratio" not in row:
+        return "-"
+    return f"{'' if row['step_told_apart'] else '~'}{row['step_ratio'][0]:.2f}"
 
 
-def _bound(cost: list[float] | None, row: Mapping[str, Any]) -> str:
-    if cost is None or row["role"] in ("baseline", "A/A"):
+def _bound(cost: list[float] | None) -> str:
+    if cost is None:
         return "-"
     value, low, high = cost
     if low == high:
@@ -131,6 +133,6 @@ def _bound(cost: list[float] | None, row: Mapping[str, Any]) -> str:
 
 
 def _gain(row: Mapping[str, Any]) -> str:
-    if "gain_interval" not in row or row["role"] in ("baseline", "A/A"):
+    if "gain_interval" not in row:
         return "-"
     return f"{'' if row['gain_told_apart'] else '~'}{row['gain_interval'][0]:+.3f}"
