@@ -41,7 +41,9 @@ def test_one_pair_says_nothing():
 CURVE = [(1000.0, 1.0), (10.0, 3.0), (100.0, 2.0)]
 
 
-@pytest.mark.parametrize(("quality", "cost"), [(3.0, 10.0), (2.5, 10**1.5), (2.0, 100.0), (1.25, 10**2.75), (1.0, 1000.0)])
+@pytest.mark.parametrize(
+    ("quality", "cost"), [(3.0, 10.0), (2.5, 10**1.5), (2.0, 100.0), (1.25, 10**2.75), (1.0, 1000.0)]
+)
 def test_the_cost_of_a_quality_lies_on_the_curve(quality, cost):
     assert stats.cost_of_quality(CURVE, quality) == Interval(*[pytest.approx(cost)] * 3)
 

@@ -23,7 +23,14 @@ def test_a_stored_result_is_found_by_its_run(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"steps": 25}, {"lr": 4e-3}, {"seed": 1}, {"shape": {"blocks": 1, "width": 32}}, {"again": 1}, {"subject": "hand"}],
+    [
+        {"steps": 25},
+        {"lr": 4e-3},
+        {"seed": 1},
+        {"shape": {"blocks": 1, "width": 32}},
+        {"again": 1},
+        {"subject": "hand"},
+    ],
 )
 def test_whatever_may_change_a_result_changes_its_name(changes):
     assert RUN.but(**changes).id() != RUN.id()

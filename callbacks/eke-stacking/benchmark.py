@@ -1,6 +1,6 @@
 """Measure Stacking: ways to grow a byte-level GPT to its full depth, with the controls that growth has to beat.
 
-    python benchmark.py --size cpu --out ../../benchmarks/cpu-2core
+python benchmark.py --size cpu --out ../../benchmarks/cpu-2core
 """
 
 import sys

@@ -84,3 +84,46 @@ def test_operators_of_backward_count_too():
         loss.backward()
     assert forward.counts["aten.mul.Tensor"] == 1
     assert backward.counts["aten.mul.Tensor"] == 1  # the gradient of a product
+
+
+class Attends(nn.Module):
+    """One block, (batch, length, width), and a head of 256."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down, self.head = nn.Linear(width, 4 * width), nn.Linear(4 * width, width), nn.Linear(width, 256)
+
+    def forward(self, x):
+        batch, length, width = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        x = x + self.proj(self.attend(q, k, v).transpose(1, 2).reshape(batch, length, width))
+        return self.head(x + self.down(self.up(x)))
+
+    def attend(self, q, k, v):
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class AttendsByHand(Attends):
+    def attend(self, q, k, v):
+        return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("kind", [Attends, AttendsByHand])
+def test_flops_of_a_step_are_six_a_weight_and_twelve_a_width_and_length(kind):
+    batch, length, width = 2, 32, 64
+    model = kind(width, heads=4)
+    x = torch.randn(batch, length, width, requires_grad=True)  # so that backward reaches the first layer's input too
+    with measure.count_flops() as counted:
+        model(x).sum().backward()
+    weights = sum(weight.numel() for weight in model.parameters() if weight.ndim == 2)
+    assert counted["flops"] == batch * length * (6 * weights + 12 * width * length)
+
+
+def test_flops_under_a_mask_or_without_gradients_are_those_of_all_pairs():
+    q, k, v = torch.randn(3, 2, 4, 32, 16)
+    mask = torch.ones(32, 32, dtype=torch.bool).tril()
+    with measure.count_flops() as counted, torch.no_grad():
+        nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    assert counted["flops"] == 4 * 2 * 4 * 32 * 32 * 16

@@ -260,10 +260,11 @@ def test_before_the_growth_it_trains_as_the_shallow_model_does(form):
 def test_depth_doubles_at_each_stage_and_validation_has_the_depth_of_training(form):
     class Depth(Callback):
         def __init__(self):
-            self.train, self.val = {}, {}
+            self.train, self.val, self.kinds = {}, {}, {}
 
         def on_train_batch_end(self, trainer, model, *_):
             self.train[trainer.global_step] = calls(model)
+            self.kinds[trainer.global_step] = eke.techniques(trainer)[0].step_kind()
 
         def on_validation_batch_end(self, trainer, model, *_):
             self.val[trainer.global_step] = calls(model)
@@ -279,6 +280,7 @@ def test_depth_doubles_at_each_stage_and_validation_has_the_depth_of_training(fo
         **dict.fromkeys(range(7, 13), 4),
     }
     assert depth.val == {4: 2, 8: 4, 12: 4}
+    assert depth.kinds == {step: f"{blocks} of 4 blocks" for step, blocks in depth.train.items()}
 
 
 def test_stages_as_shares_are_those_of_the_whole_run():

@@ -1,4 +1,4 @@
-"""Counting what a step costs: memory by cause, bytes held for backward, Python calls and operators.
+"""Counting what a step costs: memory by cause, bytes held for backward, FLOPs, Python calls and operators.
 
 Counts, not clocks: they come out the same on every run, so a test may ask for equality. They slow a step
 down; never time one while counting.
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from eke import compat
 
@@ -114,6 +115,46 @@ class OperatorCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.counts[str(func)] += 1
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def count_flops() -> Iterator[dict[str, int]]:
+    """Count the floating-point operations of matrix products, convolutions and attention inside the block.
+
+    A product of (n, k) by (k, m) counts 2 n k m. Attention counts its two products over all pairs of positions, a causal
+    mask or not, and twice that for backward: the products that a fused kernel computes a second time during backward
+    do not count, so that all kernels of attention come to the same number. What activation checkpointing computes
+    again does count. Inside compiled code nothing is seen.
+
+    Yields:
+        A dictionary whose ``"flops"`` is right when the block ends.
+    """
+    result = {"flops": 0}
+    with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
+        yield result
+    result["flops"] = counter.get_total_flops()
+
+
+def _attention_forward(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    (batch, heads, length, width), (others, depth) = query, value[-2:]
+    return 2 * batch * heads * length * others * (width + depth)
+
+
+def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * _attention_forward(query, key, value)
+
+
+# torch counts nothing for the kernel that it takes on a CPU, and recomputation for those that it takes on a GPU.
+_ATTENTION = {
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}{ending}"): count
+    for kernel, backward in (
+        ("flash_attention_for_cpu", "flash_attention_for_cpu_backward"),
+        ("flash_attention", "flash_attention_backward"),
+        ("efficient_attention", "efficient_attention_backward"),
+        ("cudnn_attention", "cudnn_attention_backward"),
+    )
+    for ending, count in (("", _attention_forward), (backward.removeprefix(kernel), _attention_backward))
+}
 
 
 @contextmanager

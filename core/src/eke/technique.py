@@ -86,6 +86,10 @@ class TechniqueCallback(Callback):
     def shape_from(self, manifest: dict[str, Any], pl_module: LightningModule) -> None:
         """Build the module tree that :meth:`manifest` described."""
 
+    def step_kind(self) -> str:
+        """What the cost of the coming step depends on, such as ``"4 of 8 blocks"``: benchmarks charge steps by kind."""
+        return ""
+
     @property
     def clock(self) -> Clock:
         """Steps, batches, samples and tokens done so far."""

@@ -64,7 +64,7 @@ class Metered(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        kinds = [getattr(one, "step_kind", str)() for one in eke.techniques(trainer)]
+        kinds = [one.step_kind() for one in eke.techniques(trainer)]
         kind = ", ".join([*filter(None, kinds), shapes(batch)])
         if self._tell is None:
             self.meter.step(kind)

@@ -133,6 +133,9 @@ class Stacking(TechniqueCallback):
             self._grow(trainer, pl_module, self._next[1])
             self._next = self._due()
 
+    def step_kind(self) -> str:
+        return f"{len(self.active)} of {len(self._full)} blocks"
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._next is not None:
             rest = "trim() takes the others out." if self.form == "dormant" else "The others are not in the model."
