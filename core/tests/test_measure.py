@@ -127,3 +127,30 @@ def test_flops_under_a_mask_or_without_gradients_are_those_of_all_pairs():
     with measure.count_flops() as counted, torch.no_grad():
         nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     assert counted["flops"] == 4 * 2 * 4 * 32 * 32 * 16
+
+
+def test_a_step_by_closure_has_the_causes_of_one_by_hand():
+    def peak(by_closure):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+        x = torch.randn(4096, 64)  # activations are most of it
+
+        def closure():
+            model(x).square().mean().backward()
+
+        def step():
+            if by_closure:
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
+            optimizer.zero_grad()
+
+        step()
+        return measure.memory_peak(step, model, optimizer)
+
+    by_hand = peak(by_closure=False)
+    assert by_hand["activations"] > 4096 * 256 * 4
+    assert by_hand["optimizer"] < 300_000
+    assert peak(by_closure=True) == by_hand

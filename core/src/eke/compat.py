@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import _configure_optimizers
 from torch import nn
-from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed._tools import mem_tracker
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -22,6 +22,32 @@ __all__ = [
     "leave_out_of_ddp",
     "parse_optimizers",
 ]
+
+
+class MemTracker(mem_tracker.MemTracker):
+    """torch's memory tracker, for optimizers that run forward and backward themselves.
+
+    It takes all that happens inside an optimizer's step for optimizer states. Lightning hands forward and backward to
+    the step as a closure, so that activations would be called that, too.
+    """
+
+    _phase = "optimizer"
+
+    @property
+    def _in_opt(self) -> bool:
+        if not self._stepping:
+            return False
+        if self._mod_tracker.is_bw:
+            self._phase = "backward"
+        elif self._phase == "backward":
+            self._phase = "optimizer"  # the closure has ended
+        elif self._mod_tracker.parents - {"Global"}:
+            self._phase = "forward"
+        return self._phase == "optimizer"
+
+    @_in_opt.setter
+    def _in_opt(self, stepping: bool) -> None:
+        self._stepping, self._phase = stepping, "optimizer"
 
 
 def parse_optimizers(returned: Any) -> tuple[list[Optimizer], list[Any]]:

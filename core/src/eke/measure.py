@@ -121,10 +121,10 @@ class OperatorCounter(TorchDispatchMode):
 def count_flops() -> Iterator[dict[str, int]]:
     """Count the floating-point operations of matrix products, convolutions and attention inside the block.
 
-    A product of (n, k) by (k, m) counts 2 n k m. Attention counts its two products over all pairs of positions, a causal
-    mask or not, and twice that for backward: the products that a fused kernel computes a second time during backward
-    do not count, so that all kernels of attention come to the same number. What activation checkpointing computes
-    again does count. Inside compiled code nothing is seen.
+    A product of (n, k) by (k, m) counts 2 n k m. Attention counts its two products over all pairs of positions, causal
+    or not, and twice that for backward: the products that a fused kernel computes a second time during backward do
+    not count, so that all kernels of attention come to the same number. What activation checkpointing computes again
+    does count. Inside compiled code nothing is seen.
 
     Yields:
         A dictionary whose ``"flops"`` is right when the block ends.
