@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from eke import recipe as recipes
+from eke import trainer_kwargs
 from eke.spec import EkeError
 
 from eke_bench.benchmark import Benchmark, Recipe
@@ -79,6 +80,7 @@ def composition(recipe: Recipe, workload: str) -> Benchmark:
 
 def _run(options: argparse.Namespace) -> int:
     recipe = _recipe(options.recipe)
+    trainer_kwargs(**recipe)  # what is not installed, or does not combine, should fail before an hour of baselines
     if options.ladder and len(recipe) < 2:
         raise EkeError("a ladder needs two techniques or more. Name them, or leave --ladder out.")
     if options.ladder:

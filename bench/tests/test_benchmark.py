@@ -1,0 +1,197 @@
+"""What is trained for a comparison, and what is concluded, on results made up by hand."""
+
+import json
+import math
+
+import pytest
+from eke import EkeError
+from eke_bench import Benchmark, analysis, benchmark, tables
+from eke_bench.cli import composition
+from eke_bench.runner import Runner
+from eke_bench.store import Run, record
+from eke_bench.workloads import load
+
+SIZE = load("gpt", "smoke").size
+BEST = 8e-3
+
+
+class Imagined(Runner):
+    """Results from a formula in place of training: loss and cost of a run follow from what it is.
+
+    A step costs 0.5 a block. Loss falls with the logarithm of steps and is lowest at a learning rate of 8e-3.
+    """
+
+    def __init__(self, gain=0.0, step=1.0, smaller=0.0, best=BEST, noise=0.01, failing=()):
+        super().__init__("nowhere", say=lambda text: None)
+        self.gain, self.step, self.smaller, self.best, self.noise = gain, step, smaller, best, noise
+        self.failing, self.trained = failing, []
+
+    def __call__(self, runs):
+        runs = list(runs)
+        self.trained += runs
+        return [self.result(run) for run in runs]
+
+    def result(self, run):
+        if any(name in run.recipe for name in self.failing):
+            return record(run, {"error": "RuntimeError: no memory"}, "failed")
+        loss = 4 - 0.5 * math.log(run.steps) + abs(math.log2(run.lr / self.best)) * 0.1
+        loss += self.noise * ((run.seed * 7919 + 13) % 11 - 5) / 5  # the seed's own luck
+        cost = 0.5 * run.shape["blocks"]
+        if run.recipe:
+            loss, cost = loss - self.gain, cost * self.step
+        if run.shape["blocks"] == 1:
+            loss -= self.smaller
+        accounts = {
+            "steps": run.steps,
+            "ledger": cost * run.steps * (1.003 if run.again or run.seed >= 100 else 1.0),
+            "wall_s": run.steps * 0.1,
+            "cpu_s": run.steps * 0.1,
+            "flops": None,
+            "energy_j": None,
+            "first_step_s": 0.1,
+            "memory": {"total": 2**20},
+        }
+        return record(run, {"final": {"val_loss": loss}, "accounts": accounts})
+
+
+def conclude(runner, claim="changed algorithm", seeds=3, **options):
+    one = Benchmark("quick", {"quick": {"quick": {}}}, claim=claim, **options)
+    results = benchmark.measure(one, "smoke", runner, seeds)
+    return analysis.summarize(one, "smoke", results)
+
+
+def test_the_learning_rate_is_the_best_of_the_sweep_and_lies_inside_it():
+    run = Run("gpt", "smoke", dict(SIZE.shape), 24, 0.0)
+    for best in (4e-3, 8e-3, 16e-3, 32e-3, 1e-3):  # the last two lie beyond the ends
+        runner = Imagined(best=best)
+        assert benchmark.tune(run, SIZE.lrs, runner) == pytest.approx(best)
+        tried = {one.lr for one in runner.trained}
+        assert min(tried) < best < max(tried)
+
+
+def test_a_baseline_that_never_trains_is_an_error_with_its_reason():
+    class Broken(Imagined):
+        def result(self, run):
+            return record(run, {"error": "RuntimeError: no memory"}, "failed")
+
+    with pytest.raises(EkeError, match="cannot be trained at any learning rate: RuntimeError: no memory"):
+        benchmark.tune(Run("gpt", "smoke", dict(SIZE.shape), 24, 0.0), SIZE.lrs, Broken())
+
+
+def test_a_comparison_holds_every_run_that_fairness_asks_for():
+    runner = Imagined(step=0.5)
+    rows = conclude(runner)["rows"]
+    assert list(rows) == ["baseline", "baseline, 1/2", "baseline, 1/3", "A/A", "quick", "shorter", "smaller"]
+    assert {row["runs"] for row in rows.values()} == {3}
+    assert (rows["baseline"]["steps"], rows["baseline, 1/2"]["steps"], rows["baseline, 1/3"]["steps"]) == (24, 12, 8)
+    assert rows["shorter"]["ledger"] == rows["smaller"]["ledger"] == rows["quick"]["ledger"] == 12
+    assert rows["smaller"]["shape"] == dict(SIZE.smaller[0])
+
+
+def test_every_run_has_the_tuned_learning_rate_and_the_same_seeds():
+    runner = Imagined(best=16e-3)
+    conclude(runner)
+    runs = [run for run in runner.trained if run.recipe or run.seed]
+    assert {run.lr for run in runs} == {16e-3}
+    assert {run.seed for run in runs} == {0, 1, 2, 100, 101, 102}
+
+
+def test_seeds_are_run_one_after_the_other_so_that_a_stopped_benchmark_has_whole_ones():
+    runner = Imagined()
+    conclude(runner)
+    seeds = [run.seed % 100 for run in runner.trained if run.recipe or run.seed >= 100]
+    assert seeds == sorted(seeds)
+
+
+def test_a_technique_that_is_cheaper_and_as_good_pays():
+    found = conclude(Imagined(step=0.5, smaller=-1.0))
+    row = found["rows"]["quick"]
+    assert found["verdict"] == "pays"
+    assert row["step_ratio"][0] == pytest.approx(0.5)
+    assert row["cost_at_quality"] == pytest.approx([0.5, 0.5, 0.5])
+    # half the cost buys the plain model 0.5 ln 2 less
+    assert row["gain_interval"][0] == pytest.approx(0.5 * math.log(2))
+
+
+def test_a_smaller_model_that_is_better_is_said_to_be():
+    found = conclude(Imagined(step=0.5, smaller=1.0))
+    assert found["verdict"] == "pays where the architecture is given; a smaller plain model is better for the same cost"
+
+
+def test_a_technique_that_only_costs_does_not_pay():
+    assert conclude(Imagined(gain=-0.3)).get("verdict") == "does not pay: the plain model is better for the same cost"
+
+
+def test_a_gain_within_the_noise_is_not_told_apart():
+    found = conclude(Imagined(gain=0.005, noise=0.1))
+    assert found["verdict"].startswith("not told apart")
+    assert tables._gain(found["rows"]["quick"]).startswith("~")
+
+
+def test_a_cost_beyond_every_budget_is_not_compared():
+    assert conclude(Imagined(step=2.0, gain=1.0))["verdict"].startswith("not comparable")
+
+
+def test_better_than_the_whole_curve_is_a_bound_and_no_extrapolation():
+    row = conclude(Imagined(gain=0.2))["rows"]["quick"]
+    assert tables._bound(row["cost_at_quality"]) == "< 1.00"
+
+
+def test_a_failed_technique_is_a_hole_with_its_reason():
+    found = conclude(Imagined(failing=["quick"]))
+    assert found["rows"]["quick"]["status"] == "failed"
+    assert found["verdict"] == "failed: RuntimeError: no memory"
+    assert "quick: failed: RuntimeError: no memory" in tables.notes(found)
+
+
+def test_the_same_mathematics_is_equal_losses_and_the_cost_of_a_step():
+    found = conclude(Imagined(step=0.8), claim="same mathematics")
+    assert list(found["rows"]) == ["baseline", "A/A", "quick"]
+    assert found["verdict"] == "same losses; a step costs 0.80 of the plain one"
+
+
+def test_a_claim_of_the_same_mathematics_that_is_wrong_is_said_to_be():
+    found = conclude(Imagined(gain=0.01), claim="same mathematics")
+    assert found["verdict"].startswith("not the same mathematics here: losses differ by up to")
+
+
+def test_two_in_a_hundred_are_never_told_apart():
+    found = conclude(Imagined(step=0.985), claim="same mathematics")
+    assert found["verdict"] == "same losses; cost of a step not told apart"
+
+
+def test_summaries_are_plain_data():
+    found = conclude(Imagined())
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_the_terminals_tables_hold_a_row_a_run_and_fit_into_eighty_columns(capsys):
+    tables.show(conclude(Imagined(step=0.5)))
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    for label in ("baseline", "A/A", "quick", "shorter", "smaller"):
+        assert text.count(f"\n  {label} ") == 2
+
+
+def test_a_ladder_adds_one_technique_at_a_time_and_leaves_each_out():
+    recipe = {"a": {}, "b": {"x": 1}, "c": {}}
+    found = composition(recipe, "gpt").variants
+    assert {label: list(one) for label, one in found.items()} == {
+        "a + b + c": ["a", "b", "c"],
+        "a": ["a"],
+        "a + b": ["a", "b"],
+        "without a": ["b", "c"],
+        "without b": ["a", "c"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"variants": {}}, "quick compares nothing"),
+        ({"variants": {"a": {}}, "claim": "faster"}, "claim='faster' is neither"),
+    ],
+)
+def test_a_comparison_of_nothing_is_refused(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        Benchmark("quick", **arguments)
