@@ -79,7 +79,8 @@ def test_the_list_names_workloads_and_subjects(capsys):
         (["stacking", "--size", "huge"], "gpt has no size 'huge'. It has: smoke, cpu, gpu."),
         (["stacking", "--shape", "deep"], "--shape deep is no shape. Give name=number"),
         (["stacking", "--ladder"], "a ladder needs two techniques or more"),
-        (["stacking:stages=", "--jobs", "0"], ""),
+        (["stacking:stages=[0.5]", "--jobs", "0"], "jobs=0 runs nothing. Give 1 or more."),
+        (["stacking:height=3"], "unexpected keyword argument 'height'"),
     ],
 )
 def test_wrong_input_gets_one_line(words, said, tmp_path, capsys):

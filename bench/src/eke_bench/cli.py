@@ -80,7 +80,10 @@ def composition(recipe: Recipe, workload: str) -> Benchmark:
 
 def _run(options: argparse.Namespace) -> int:
     recipe = _recipe(options.recipe)
-    trainer_kwargs(**recipe)  # what is not installed, or does not combine, should fail before an hour of baselines
+    try:
+        trainer_kwargs(**recipe)  # what does not combine should fail before an hour of baselines
+    except TypeError as error:  # an option that the technique does not take
+        raise EkeError(str(error)) from None
     if options.ladder and len(recipe) < 2:
         raise EkeError("a ladder needs two techniques or more. Name them, or leave --ladder out.")
     if options.ladder:
