@@ -11,6 +11,7 @@ from eke_bench.benchmark import Benchmark, ledger, quality
 from eke_bench.stats import Interval, cost_of_quality, overlap, paired_mean, quality_at_cost
 from eke_bench.workloads import load
 
+PLAIN = ("baseline", "baseline, 1/2", "baseline, 1/3", "plain, same cost")
 TOLERANCE = 1e-4  # of a loss, relative, within which two runs of the same mathematics count as equal
 
 
@@ -44,12 +45,10 @@ def summarize(benchmark: Benchmark, size: str, results: Mapping[str, list[Any]])
         "environment": next(one for one in results["baseline"] if one["status"] == "ok")["environment"],
     }
     first = rows[next(iter(benchmark.variants))]
-    same = benchmark.claim == "same mathematics"
-    summary["verdict"] = (
-        (_same_verdict if same else _changed_verdict)(first, rows)
-        if first["status"] == "ok"
-        else (f"failed: {first['error']}")
+    conclude = {"same mathematics": _same_verdict, "less memory": _memory_verdict}.get(
+        benchmark.claim, _changed_verdict
     )
+    summary["verdict"] = conclude(first, rows) if first["status"] == "ok" else f"failed: {first['error']}"
     summary["headline"] = _headline(summary, first)
     return summary
 
@@ -84,7 +83,7 @@ def _role(label: str, benchmark: Benchmark) -> str:
     ):
         if label in labels:
             return role
-    return {"A/A": "A/A", "shorter": "control", "smaller": "control"}.get(label, "baseline")
+    return {"A/A": "A/A", "plain, same cost": "control", "smaller, same cost": "control"}.get(label, "baseline")
 
 
 def _noise(results: Mapping[str, list[Any]]) -> dict[str, Any]:
@@ -126,7 +125,7 @@ def _compare(row: dict[str, Any], runs: list[Any], results: Mapping[str, list[An
         return
     costs, gains = [], []
     for number, one in enumerate(runs):
-        points = [results[label][number] for label in ("baseline", "baseline, 1/2", "baseline, 1/3")]
+        points = [results[label][number] for label in PLAIN if label in results]
         curve = [(ledger([point]), quality(point)) for point in points if point["status"] == "ok" and ledger([point])]
         if not curve:
             continue
@@ -162,12 +161,25 @@ def _changed_verdict(row: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
         return "not told apart from training the plain model for as long"
     if row["gain_interval"][0] < 0:
         return "does not pay: the plain model is better for the same cost"
-    smaller = rows.get("smaller")
+    smaller = rows.get("smaller, same cost")
     if smaller and smaller["status"] == "ok":
         gaps = paired_mean([s - q for s, q in zip(smaller["quality"], row["quality"], strict=True)])
         if gaps.value < 0:
             return "pays where the architecture is given; a smaller plain model is better for the same cost"
     return "pays"
+
+
+def _memory_verdict(row: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
+    """Memory, and what it costs."""
+    gaps = paired_mean(row["quality_gap"])
+    noise = max(abs(a - b) for a, b in zip(rows["A/A"]["quality"], rows["baseline"]["quality"], strict=True))
+    if 0.0 in gaps or abs(gaps.value) <= noise:
+        said = "quality not told apart"
+    else:
+        said = f"quality {'worse' if gaps.value > 0 else 'better'} by {abs(gaps.value):.3f}"
+    step = f"{row['step_ratio'][0]:.2f} of its time" if row.get("step_told_apart") else "time not told apart"
+    memory = f"{row['memory_ratio']:.2f} of the peak memory" if "memory_ratio" in row else "memory not known"
+    return f"a step takes {memory} and {step}; {said}"
 
 
 def _same_verdict(row: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
@@ -194,10 +206,13 @@ def _headline(summary: Mapping[str, Any], row: Mapping[str, Any]) -> str:
         parts.append(f"{row['memory_ratio']:.2f} of the peak memory")
     if "step_ratio" in row:
         parts.append(f"{row['step_ratio'][0]:.2f} of the cost of a step")
-    if summary["claim"] == "same mathematics":
-        return f"{summary['verdict']}; {', '.join(parts)}"
+    if summary["claim"] != "changed algorithm":
+        return f"{summary['verdict']} ({summary['workload']}, {summary['seeds']} seeds)"
     text = f"{summary['verdict']} ({summary['workload']}, {summary['seeds']} seeds): {value:.3f} {unit}"
-    for label, words in (("shorter", "the plain model for the same cost"), ("smaller", "a smaller one")):
+    for label, words in (
+        ("plain, same cost", "the plain model for the same cost"),
+        ("smaller, same cost", "a smaller one"),
+    ):
         if label in rows and rows[label]["status"] == "ok":
             text += f", {words} {sign * statistics.fmean(rows[label]['quality']):.3f}"
     return f"{text}; {', '.join(parts)}" if parts else text

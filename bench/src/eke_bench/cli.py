@@ -14,6 +14,7 @@ from eke import trainer_kwargs
 from eke.spec import EkeError
 
 from eke_bench.benchmark import Benchmark, Recipe
+from eke_bench.timing import Timing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,12 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _act(_parser().parse_args(arguments), "eke bench")
 
 
-def main_of(*benchmarks: Benchmark, arguments: Sequence[str] | None = None) -> int:
+def main_of(*parts: Benchmark | Timing, arguments: Sequence[str] | None = None) -> int:
     """The command line of a technique's own ``benchmark.py``."""
-    parser = argparse.ArgumentParser(description=f"Measure {', '.join(dict.fromkeys(b.name for b in benchmarks))}.")
+    parser = argparse.ArgumentParser(description=f"Measure {', '.join(dict.fromkeys(part.name for part in parts))}.")
     _running(parser)
     parser.add_argument("--show", action="store_true", help="only from what is stored: train nothing")
-    parser.set_defaults(act=lambda options: compare(benchmarks, options))
+    parser.add_argument("--only", choices=["timings", "training"], help="leave the other out")
+    parser.set_defaults(act=lambda options: _measure(parts, options))
     return _act(parser.parse_args(arguments), "benchmark.py")
 
 
@@ -39,6 +41,26 @@ def _act(options: argparse.Namespace, program: str) -> int:
     except KeyboardInterrupt:
         print(f"{program}: stopped. The same command goes on with the next run.", file=sys.stderr)
         return 130
+
+
+def _measure(parts: Sequence[Benchmark | Timing], options: argparse.Namespace) -> int:
+    if options.only != "training":
+        for timing in (part for part in parts if isinstance(part, Timing)):
+            _time(timing, options)
+    if options.only != "timings":
+        compare([part for part in parts if isinstance(part, Benchmark)], options)
+    return 0
+
+
+def _time(timing: Timing, options: argparse.Namespace) -> None:
+    from eke_bench import tables
+
+    stored = Path(options.out) / f"{timing.stem(options.size)}.json"
+    if options.show and not stored.exists():
+        print(f"{timing.title}: not measured yet.")
+        return
+    summary = json.loads(stored.read_text()) if options.show else timing.write(options.size, Path(options.out))
+    tables.show_timing(summary)
 
 
 def compare(benchmarks: Sequence[Benchmark], options: argparse.Namespace) -> int:

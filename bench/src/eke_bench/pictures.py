@@ -13,15 +13,15 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from eke_bench.analysis import PLAIN
 from eke_bench.stats import performance_profile
 
-BASELINES = ("baseline, 1/3", "baseline, 1/2", "baseline")
 MARKS = {"variant": "o", "control": "s", "subject": "^", "A/A": "x"}
 
 
 def draw(summary: Mapping[str, Any], path: Path) -> None:
     """The picture that fits the claim: cost against quality, or ratios of cost and memory."""
-    if summary["claim"] == "same mathematics":
+    if summary["claim"] != "changed algorithm":
         bars(summary, path)
     else:
         pareto(summary, path)
@@ -32,16 +32,16 @@ def pareto(summary: Mapping[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     sign = -1 if summary["higher_is_better"] else 1
     rows = {label: row for label, row in summary["rows"].items() if row["status"] == "ok" and row["ledger"]}
-    plain = sorted((rows[label] for label in BASELINES if label in rows), key=lambda row: row["ledger"])
+    plain = sorted((rows[label] for label in PLAIN if label in rows), key=lambda row: row["ledger"])
     if plain:
         costs = [row["ledger"] for row in plain]
         values = [sign * statistics.fmean(row["quality"]) for row in plain]
-        axes.plot(costs, values, color="0.3", marker=".", label="baseline, three budgets", zorder=2)
+        axes.plot(costs, values, color="0.3", marker=".", label="plain model", zorder=2)
         worst = max if sign > 0 else min
         edge = worst(sign * value for row in rows.values() for value in row["quality"])
         axes.fill_between(costs, values, edge, color="0.92", zorder=0)
     for label, row in rows.items():
-        if label in BASELINES:
+        if label in PLAIN:
             continue
         values = [sign * value for value in row["quality"]]
         middle = statistics.fmean(values)

@@ -11,8 +11,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-VERDICTS = ("steps", "quality", "step", "for the quality", "for the cost", "peak MiB")
-ACCOUNTS = ("ledger", "CPU s", "wall s", "GFLOP", "energy J", "first step s")
+from eke_bench import timing
+
+VERDICTS = ("steps", "quality", "step", "for the quality", "for the cost")
+ACCOUNTS = ("peak MiB", "ledger", "CPU s", "wall s", "GFLOP", "energy J", "first step s")
 
 
 def show(summary: Mapping[str, Any], console: Console | None = None) -> None:
@@ -26,9 +28,7 @@ def show(summary: Mapping[str, Any], console: Console | None = None) -> None:
     )
     for columns in (VERDICTS, ACCOUNTS):
         head, *rows = grid(summary, columns)
-        table = Table(*head, box=SIMPLE_HEAD)
-        for number, column in enumerate(table.columns):
-            column.justify = "left" if number == 0 else "right"
+        table = _table(head)
         for row in rows:
             table.add_row(*row)
         console.print(table)
@@ -36,9 +36,18 @@ def show(summary: Mapping[str, Any], console: Console | None = None) -> None:
         console.print(line, highlight=False)
 
 
+def show_timing(summary: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print what a :class:`eke_bench.Timing` found."""
+    head, *rows = timing.grid(summary)
+    table = _table(head)
+    for row in rows:
+        table.add_row(*row)
+    (console or Console()).print(table)
+
+
 def markdown(summary: Mapping[str, Any], columns: Sequence[str] = (*VERDICTS, *ACCOUNTS[:3])) -> str:
     """The table for a README."""
-    head, *rows = grid(summary, columns)
+    head, *rows = timing.grid(summary) if "timing" in summary else grid(summary, columns)
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
 
 
@@ -109,6 +118,15 @@ def ceilings(found: Mapping[str, Any]) -> None:
     console = Console()
     for name, value in found.items():
         console.print(f"{name}: {value}", highlight=False)
+
+
+def _table(head: Sequence[str]) -> Table:
+    """Labels on the left, whole, and figures on the right."""
+    table = Table(*head, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for number, column in enumerate(table.columns):
+        column.justify = "left" if number == 0 else "right"
+        column.no_wrap = number == 0
+    return table
 
 
 def _number(value: float | None, form: str) -> str:
