@@ -133,3 +133,10 @@ def test_loading_the_plugin_imports_neither_torch_nor_lightning():
     code = "import sys, eke.testing.plugin; print([name for name in ('torch', 'lightning') if name in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
+
+
+def test_a_test_that_fails_as_expected_is_no_pass_and_no_crash(pytester, package):
+    file = package(two="pytest.xfail('known to fail')")
+    out = run(pytester, "--certify")
+    assert "no certificate, none was written: test_two[1] (failed as expected: known to fail)" in out
+    assert not file.exists()

@@ -44,7 +44,9 @@ class Certifier:
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, Any, None]:
         report = (yield).get_result()
-        if report.skipped:
+        if hasattr(report, "wasxfail"):
+            self.note(item, f"failed as expected: {report.wasxfail}")
+        elif report.skipped:
             self.note(item, str(report.longrepr[2]).removeprefix("Skipped: "))
         elif report.failed:
             self.note(item, "failed")
