@@ -18,12 +18,12 @@ STACKING = Benchmark(
     # Growth is for models whose depth is given: at the reference depth there is little to grow to.
     shape={
         "smoke": {"blocks": 4, "width": 32},
-        "cpu": {"blocks": 8, "width": 64},
+        "cpu": {"blocks": 4, "width": 64},
         "gpu": {"blocks": 24, "width": 512},
     },
     smaller={
         "smoke": {"blocks": 2, "width": 32},
-        "cpu": {"blocks": 4, "width": 64},
+        "cpu": {"blocks": 2, "width": 64},
         "gpu": {"blocks": 12, "width": 512},
     },
 )
