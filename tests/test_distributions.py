@@ -19,10 +19,11 @@ TECHNIQUES = sorted(file.parent for kind in KINDS for file in REPO.glob(f"{kind}
 FILES = ["pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "benchmark.py"]
 SECTIONS = ["What it does", "Arguments", "When not to use it", "Works with", "Source"]
 DONE_WITHOUT = {"eke": {"numpy", "transformers"}}  # used where they happen to be installed
-IMPORTED_AS = {"pyyaml": "yaml"}  # distributions whose import has another name
+IMPORTED_AS = {"nvidia-ml-py": "pynvml", "pyyaml": "yaml"}  # distributions whose import has another name
 
 technique = pytest.mark.parametrize("folder", TECHNIQUES, ids=lambda folder: folder.name)
-distribution = pytest.mark.parametrize("folder", [REPO / "core", *TECHNIQUES], ids=lambda folder: folder.name)
+ALL = [REPO / "core", REPO / "bench", *TECHNIQUES]
+distribution = pytest.mark.parametrize("folder", ALL, ids=lambda folder: folder.name)
 
 
 def project(folder):

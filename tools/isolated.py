@@ -47,7 +47,7 @@ def build(folder: str) -> tuple[str, Path]:
 def passes(folder: str, wheels: dict[str, Path]) -> bool:
     """Whether a distribution's tests pass where only what it declares is installed."""
     start = time.monotonic()
-    name = "eke" if folder == "core" else Path(folder).name
+    name = {"core": "eke", "bench": "eke-bench"}.get(folder, Path(folder).name)
     environment = WORK / name
     _run("rm", "-rf", environment)
     _run(sys.executable, "-m", "venv", "--without-pip", environment)

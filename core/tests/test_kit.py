@@ -56,8 +56,13 @@ def test_a_loader_goes_on_where_its_state_says(workers):
     assert [checksum(batch) for batch in other] == batches
 
 
+def _needs_transformers():
+    pytest.importorskip("transformers", reason="one of the shapes is a Hugging Face model")
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_shape_builds_the_same_weights_from_the_same_seed_and_draws_nothing(shape):
+    _needs_transformers()
     before = torch.get_rng_state()
     first, again, other = shape(), shape(), shape(seed=1)
     assert torch.equal(torch.get_rng_state(), before)
@@ -66,6 +71,7 @@ def test_a_shape_builds_the_same_weights_from_the_same_seed_and_draws_nothing(sh
 
 
 def test_a_dropout_rate_reaches_every_shape():
+    _needs_transformers()
     for shape in SHAPES:
         model = shape(dropout=0.5)
         batch = next(iter(model.train_dataloader()))
@@ -74,10 +80,12 @@ def test_a_dropout_rate_reaches_every_shape():
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert", "vit"])
 def test_hugging_face_models_have_the_depth_asked_for(kind):
+    _needs_transformers()
     assert hugging_face(kind, layers=3).config.num_hidden_layers == 3
 
 
 def test_another_kind_is_refused_by_name():
+    _needs_transformers()
     with pytest.raises(ValueError, match="kind='mamba'.*Use gpt2, llama, bert or vit"):
         hugging_face("mamba")
 
