@@ -14,6 +14,7 @@ from eke_bench.meter import Meter
 from eke_bench.store import Run
 from eke_bench.subjects.lightning import shapes
 from eke_bench.workloads import Learner, Workload
+from eke_bench.workloads.base import endless
 
 
 class Hand:
@@ -39,7 +40,7 @@ class Hand:
         schedule.optimizer = optimizer
         every = max(1, run.steps // workload.size.evaluations)
         half = torch.autocast(device.type, torch.bfloat16) if device.type == "cuda" else nullcontext()
-        batches = _endless(workload.train_loader(run.seed))
+        batches = endless(workload.train_loader(run.seed))
         meter.start()
         for number in range(1, run.steps + 1):
             batch = move(next(batches), device)
@@ -86,8 +87,3 @@ def move(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, (list, tuple)):
         return type(batch)(move(part, device) for part in batch)
     return batch.to(device)
-
-
-def _endless(loader: Any) -> Any:
-    while True:
-        yield from loader

@@ -12,6 +12,9 @@ __all__ = ["NAMES", "Learner", "Size", "Workload", "load", "lr_factor"]
 
 NAMES = {
     "gpt": "eke_bench.workloads.gpt:GPT",
+    "finetune": "eke_bench.workloads.finetune:Finetune",
+    "mae": "eke_bench.workloads.mae:Masked",
+    "vit": "eke_bench.workloads.vit:Digits",
 }
 
 

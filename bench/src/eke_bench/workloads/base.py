@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -121,6 +121,12 @@ class Learner(LightningModule):
 def lr_factor(step: int, steps: int, rise: int) -> float:
     """Share of the highest learning rate at ``step``: up over ``rise`` steps, then straight down to 0 at ``steps``."""
     return min((step + 1) / rise, max(0.0, (steps - step) / max(1, steps - rise)), 1.0)
+
+
+def endless(loader: DataLoader) -> Iterator[Any]:
+    """Batches of one epoch after the other."""
+    while True:
+        yield from loader
 
 
 def initialize(module: nn.Module) -> None:
