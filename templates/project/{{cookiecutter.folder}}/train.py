@@ -28,7 +28,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from model import ByteGPT
 from report import Meter, Progress, environment, print_sweep, print_table, save_report
 
-EVALUATIONS = (12, 10, 9, 8, 11, 7, 6, 5, 4, 3, 2)  # per run, at equal distances: the first that divides its steps best
+EVALUATIONS = (12, 10, 9, 8, 11)  # per run, at equal distances: the number that divides its steps best
 
 
 @dataclass
@@ -141,14 +141,15 @@ def steps_within(cost: float, run: Run, options: argparse.Namespace, text: Text,
     meter = Meter()
     trainer = make_trainer(run.recipe, options, steps=40, every=40, callbacks=[meter, Progress("timing")])
     trainer.fit(ByteGPT(run.layers, options.width, options.length, run.lr), text)
-    steps = max(2, round(cost / meter.cost_per_step()))
+    whole = EVALUATIONS[0]
+    steps = max(2, round(cost / meter.cost_per_step() / whole) * whole)
     known.write_text(json.dumps(steps))
     return steps
 
 
 def evaluation_points(steps: int) -> tuple[int, int]:
     """Steps between evaluations, and ``steps`` as a whole number of them, so that the last one ends the run."""
-    times = min((n for n in EVALUATIONS if n <= steps), key=lambda n: steps % n, default=1)
+    times = min((n for n in EVALUATIONS if n <= steps), key=lambda n: steps % n, default=steps)
     return steps // times, steps // times * times
 
 

@@ -93,8 +93,8 @@ def test_the_smaller_model_gets_as_many_steps_as_the_recipe_paid_for(text, tmp_p
     options = train.parse([*TINY])
     smaller = train.Run("smaller", layers=1, lr=1e-3, steps=0)
     data = Text(text, options.length, options.batch, seed=0)
-    assert train.steps_within(10.0, smaller, options, data, tmp_path) == 25
-    assert train.steps_within(10.0, smaller, options, data, tmp_path) == 25  # resumed: not timed again
+    assert train.steps_within(10.0, smaller, options, data, tmp_path) == 24  # a whole number of evaluations
+    assert train.steps_within(10.0, smaller, options, data, tmp_path) == 24  # resumed: not timed again
 
 
 def test_an_interrupted_comparison_goes_on_to_the_same_loss(text, tmp_path, monkeypatch):
