@@ -129,6 +129,20 @@ def test_flops_under_a_mask_or_without_gradients_are_those_of_all_pairs():
     assert counted["flops"] == 4 * 2 * 4 * 32 * 32 * 16
 
 
+def test_a_model_with_frozen_weights_is_measured(model):
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.AdamW(model[2].parameters(), foreach=False)
+
+    def step():
+        model(torch.randn(8, 64)).sum().backward()
+        optimizer.step()
+
+    step()
+    peak = measure.memory_peak(step, model, optimizer)
+    assert peak["parameters"] == sum(p.nbytes for p in model.parameters())
+    assert peak["gradients"] == sum(p.nbytes for p in model[2].parameters())
+
+
 def test_a_step_by_closure_has_the_causes_of_one_by_hand():
     def peak(by_closure):
         torch.manual_seed(0)

@@ -25,7 +25,7 @@ __all__ = [
 
 
 class MemTracker(mem_tracker.MemTracker):
-    """torch's memory tracker, for optimizers that run forward and backward themselves.
+    """torch's memory tracker, for frozen parameters and for optimizers that run forward and backward themselves.
 
     It takes all that happens inside an optimizer's step for optimizer states. Lightning hands forward and backward to
     the step as a closure, so that activations would be called that, too.
@@ -48,6 +48,18 @@ class MemTracker(mem_tracker.MemTracker):
     @_in_opt.setter
     def _in_opt(self, stepping: bool) -> None:
         self._stepping, self._phase = stepping, "optimizer"
+
+    def _track_module_params_and_buffers(self, module: nn.Module, install_grad_hooks: bool = True) -> tuple[int, int]:
+        for parameter in module.parameters():
+            if not parameter.requires_grad:  # a hook on its gradient, which the tracker would install, is an error
+                self._param_to_grad_hook_handles[parameter] = (_NoHandle, _NoHandle)
+        return super()._track_module_params_and_buffers(module, install_grad_hooks)
+
+
+class _NoHandle:
+    @staticmethod
+    def remove() -> None:
+        pass
 
 
 def parse_optimizers(returned: Any) -> tuple[list[Optimizer], list[Any]]:

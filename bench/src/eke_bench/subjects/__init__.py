@@ -18,6 +18,9 @@ __all__ = ["NAMES", "Missing", "Subject", "load"]
 NAMES: dict[str, tuple[str, tuple[str, ...]]] = {
     "lightning": ("eke_bench.subjects.lightning:Lightning", ()),
     "hand": ("eke_bench.subjects.hand:Hand", ()),
+    "bitsandbytes": ("eke_bench.subjects.bitsandbytes:BitsAndBytes", ("bitsandbytes",)),
+    "hf": ("eke_bench.subjects.hf:HuggingFace", ("transformers", "accelerate")),
+    "peft": ("eke_bench.subjects.peft:Peft", ("peft",)),
 }
 
 

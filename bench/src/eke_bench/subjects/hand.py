@@ -9,6 +9,7 @@ import torch
 from eke.spec import EkeError
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from eke_bench.meter import Meter
 from eke_bench.store import Run
@@ -37,7 +38,8 @@ class Hand:
         configured = model.configure_optimizers()
         schedule = configured["lr_scheduler"]["scheduler"]
         optimizer = self.optimizer(model, configured["optimizer"])
-        schedule.optimizer = optimizer
+        if optimizer is not configured["optimizer"]:
+            schedule = LambdaLR(optimizer, schedule.lr_lambdas)
         every = max(1, run.steps // workload.size.evaluations)
         half = torch.autocast(device.type, torch.bfloat16) if device.type == "cuda" else nullcontext()
         batches = endless(workload.train_loader(run.seed))
