@@ -45,15 +45,15 @@ class Finetune(GPT):
             options={"length": 32, "held_out": 32, "pretraining": 24, "pretraining_lr": 8e-3},
         ),
         "cpu": Size(
-            steps=600,
+            steps=1200,
             batch=8,
             shape={"blocks": 2, "width": 64},
             smaller=({"blocks": 1, "width": 64},),
-            lrs=(1e-3, 2e-3, 4e-3),
+            lrs=(2e-3, 4e-3, 8e-3),
             options={"length": 128, "held_out": 512, "pretraining": 2400, "pretraining_lr": 8e-3},
         ),
         "gpu": Size(
-            steps=1000,
+            steps=1002,
             batch=64,
             shape={"blocks": 8, "width": 512},
             smaller=({"blocks": 4, "width": 512},),

@@ -113,11 +113,11 @@ class Masked(Workload):
             batch=50,
             shape={"blocks": 3, "width": 64, "keep": 25},
             smaller=({"blocks": 1, "width": 64, "keep": 25},),
-            lrs=(1e-3, 2e-3, 4e-3),
+            lrs=(2.5e-4, 5e-4, 1e-3),
             options={"patch": 4},
         ),
         "gpu": Size(
-            steps=8000,
+            steps=7998,
             batch=250,
             shape={"blocks": 8, "width": 256, "keep": 25},
             smaller=({"blocks": 4, "width": 256, "keep": 25},),

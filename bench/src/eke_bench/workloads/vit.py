@@ -111,7 +111,7 @@ class Digits(Workload):
             batch=50,
             shape={"blocks": 2, "width": 64},
             smaller=({"blocks": 1, "width": 64},),
-            lrs=(1e-3, 2e-3, 4e-3),
+            lrs=(5e-4, 1e-3, 2e-3),
             options={"patch": 7, "noise": 0.0},
         ),
         "gpu": Size(
