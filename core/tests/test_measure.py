@@ -168,3 +168,17 @@ def test_a_step_by_closure_has_the_causes_of_one_by_hand():
     assert by_hand["activations"] > 4096 * 256 * 4
     assert by_hand["optimizer"] < 300_000
     assert peak(by_closure=True) == by_hand
+
+
+def test_ceilings_are_rates_and_the_best_is_no_less_than_the_median():
+    found = measure.ceilings(seconds=0.05)
+    assert set(found) == {"float32", "bfloat16", "copy"}
+    for rate in found.values():
+        assert rate["best"] >= rate["median"] > 1e8
+
+
+def test_a_rate_is_the_amount_over_the_time_of_a_repetition(monkeypatch):
+    times = iter([0.0, 0.0, 2.0, 2.0, 6.0, 6.0, 7.0, 99.0])  # three repetitions: of 2, 4 and 1 second
+    monkeypatch.setattr(measure, "perf_counter", lambda: next(times))
+    rate = measure._rate(lambda: None, 12.0, torch.device("cpu"), seconds=1.0)
+    assert rate == {"best": 12.0, "median": 6.0}

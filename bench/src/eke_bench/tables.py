@@ -115,9 +115,11 @@ def inventory(workloads: Mapping[str, Any], subjects: Mapping[str, str | None]) 
 
 def ceilings(found: Mapping[str, Any]) -> None:
     """Print what the machine can do at best."""
-    console = Console()
-    for name, value in found.items():
-        console.print(f"{name}: {value}", highlight=False)
+    table = _table(["", "best", "median"])
+    for name, rate in found.items():
+        unit = "GB/s" if name == "copy" else "GFLOP/s"
+        table.add_row(name, *(f"{rate[which] / 1e9:,.1f} {unit}" for which in ("best", "median")))
+    Console().print(table)
 
 
 def _table(head: Sequence[str]) -> Table:

@@ -12,9 +12,9 @@ from eke.registry import available, create, get, trainer_kwargs
 from eke.spec import ConflictError, EkeError, NoEffectWarning, Technique, hookimpl
 
 if TYPE_CHECKING:
-    from eke.technique import TechniqueCallback, load_from_checkpoint, techniques
+    from eke.technique import TechniqueCallback, TechniqueStrategy, load_from_checkpoint, techniques
 
-_LAZY = {"TechniqueCallback": "eke.technique", "techniques": "eke.technique", "load_from_checkpoint": "eke.technique"}
+_LAZY = dict.fromkeys(("TechniqueCallback", "TechniqueStrategy", "load_from_checkpoint", "techniques"), "eke.technique")
 
 __all__ = [
     "ConflictError",
@@ -22,6 +22,7 @@ __all__ = [
     "NoEffectWarning",
     "Technique",
     "TechniqueCallback",
+    "TechniqueStrategy",
     "available",
     "create",
     "get",

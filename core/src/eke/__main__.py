@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from importlib.metadata import EntryPoint
 
+from eke.cli import others
 from eke.spec import EkeError
 
 # Each command imports its own module: `eke list` answers in a fifth of a second because nothing here pulls torch in.
@@ -13,8 +15,12 @@ from eke.spec import EkeError
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 where a recipe is refused, 2 where the input is of no use."""
-    options = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    parser, added = _parser()
     try:
+        if words and words[0] in added:
+            return others.run(added[words[0]], words[1:])
+        options = parser.parse_args(words)
         return options.run(options)
     except EkeError as error:
         print(f"eke: {error}", file=sys.stderr)
@@ -24,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[EntryPoint]]]:
+    """The parser, and the commands of other distributions, which parse what follows by themselves."""
     parser = argparse.ArgumentParser(prog="eke", description="Techniques for efficient Transformer training.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -49,7 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--no-input", action="store_true", help="ask nothing: take the defaults for the rest")
     command.set_defaults(run=_new)
-    return parser
+
+    added = {name: points for name, points in others.commands().items() if name not in commands.choices}
+    for name, points in added.items():
+        commands.add_parser(name, help=others.summary(points), add_help=False)
+    return parser, added
 
 
 def _list(options: argparse.Namespace) -> int:

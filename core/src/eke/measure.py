@@ -11,6 +11,9 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from statistics import median
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -155,6 +158,48 @@ _ATTENTION = {
     )
     for ending, count in (("", _attention_forward), (backward.removeprefix(kernel), _attention_backward))
 }
+
+
+def ceilings(device: str | torch.device = "cpu", seconds: float = 1.0) -> dict[str, dict[str, float]]:
+    """What this machine can do at best, now: the yardstick of a utilization.
+
+    Square matrix products in float32 and bfloat16 (n = 1024 on a CPU, 8192 on a card), and a copy of 256 MiB (1 GiB),
+    each repeated for ``seconds``.
+
+    Args:
+        device: Where to measure, with the threads that torch has at the moment.
+        seconds: For each of them.
+
+    Returns:
+        ``"float32"`` and ``"bfloat16"`` to FLOP/s, ``"copy"`` to bytes read and written per second; each as ``"best"``
+        and as ``"median"``, which is below the best where others want the machine too.
+    """
+    device = torch.device(device)
+    side = 1024 if device.type == "cpu" else 8192
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(2, side, side, device=device).to(dtype)  # zeros would run faster on a card
+        found[str(dtype).removeprefix("torch.")] = _rate(partial(torch.mm, a, b), 2 * side**3, device, seconds)
+    source = torch.randn((64 if device.type == "cpu" else 256) * 2**20, device=device)
+    target = torch.empty_like(source)
+    found["copy"] = _rate(partial(target.copy_, source), 2 * source.nbytes, device, seconds)
+    return found
+
+
+def _rate(work: Callable[[], Any], amount: float, device: torch.device, seconds: float) -> dict[str, float]:
+    """``amount`` per second, of the best and of the middle repetition."""
+    taken: list[float] = []
+    work()
+    end = perf_counter() + seconds
+    while len(taken) < 3 or perf_counter() < end:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(perf_counter() - start)
+    return {"best": amount / min(taken), "median": amount / median(taken)}
 
 
 @contextmanager

@@ -112,6 +112,26 @@ class TechniqueCallback(Callback):
         return {key: value for key, value in vars(self).items() if key != "_coordinator"}
 
 
+class TechniqueStrategy:
+    """Inherit it before one of Lightning's strategies: a run then keeps its data order, its random state and the
+    gradients of a window that is cut in two across a resume, with or without a callback of Eke.
+
+    Example::
+
+        class Sharded(TechniqueStrategy, ModelParallelStrategy):
+            technique = RECORD
+
+    Class attributes:
+        technique: The record.
+    """
+
+    technique: ClassVar[Technique]
+
+    def connect(self, model: LightningModule) -> None:
+        super().connect(model)
+        Coordinator.of(model.trainer)  # the first moment that belongs to the run, and before any callback is set up
+
+
 def techniques(trainer: Trainer) -> list[TechniqueCallback]:
     """The Eke techniques of a Trainer, in the order in which they act."""
     if not any(isinstance(one, (TechniqueCallback, Coordinator)) for one in trainer.callbacks):

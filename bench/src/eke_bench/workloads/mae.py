@@ -113,7 +113,7 @@ class Masked(Workload):
             batch=50,
             shape={"blocks": 3, "width": 64, "keep": 25},
             smaller=({"blocks": 1, "width": 64, "keep": 25},),
-            lrs=(2.5e-4, 5e-4, 1e-3),
+            lrs=(5e-4, 1e-3, 2e-3),
             options={"patch": 4},
         ),
         "gpu": Size(
