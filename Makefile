@@ -10,7 +10,7 @@ train: .venv/ready
 
 # Each technique against its baseline and controls, into benchmarks/. Some hours; goes on where it was stopped. SIZE=smoke takes a minute.
 bench: .venv/ready
-	for folder in $(filter-out core bench,$(dists)); do $(python) $$folder/benchmark.py --size $(or $(SIZE),cpu) --out benchmarks/$(or $(MACHINE),cpu-2core) $(ARGS) || exit 1; done
+	for folder in $(filter-out core,$(dists)); do $(python) $$folder/benchmark.py --size $(or $(SIZE),cpu) --out benchmarks/$(or $(MACHINE),cpu-2core) $(ARGS) || exit 1; done
 
 # Everything but what needs a GPU or takes minutes. One file: make test ARGS=core/tests/test_spec.py
 test: .venv/ready

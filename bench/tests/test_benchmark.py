@@ -216,3 +216,11 @@ def test_a_ladder_adds_one_technique_at_a_time_and_leaves_each_out():
 def test_a_comparison_of_nothing_is_refused(arguments, words):
     with pytest.raises(ValueError, match=words):
         Benchmark("quick", **arguments)
+
+
+def test_the_plain_model_may_be_trained_by_another_and_techniques_never_are():
+    runner = Imagined()
+    one = Benchmark("who", {"Lightning": {}}, claim="same mathematics", baseline="hand", subjects={"others": "hf"})
+    benchmark.measure(one, "smoke", runner, 1)
+    plan = {(run.subject, run.again) for run in runner.trained[len(SIZE.lrs) :]}
+    assert plan == {("hand", 0), ("hand", 1), ("lightning", 0), ("hf", 0)}

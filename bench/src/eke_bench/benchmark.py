@@ -34,6 +34,7 @@ class Benchmark:
             The comparison is then labelled as one of a fixed architecture.
         smaller: Shape of the control at a size, a plain model that costs less a step. By default the workload's.
         subjects: Who else trains the same, by label: names of ``eke_bench.subjects``.
+        baseline: Who trains the plain model that all are held against.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Benchmark:
     shape: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     smaller: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     subjects: Mapping[str, str] = field(default_factory=dict)
+    baseline: str = "lightning"
 
     def __post_init__(self) -> None:
         if not self.variants:
@@ -63,7 +65,7 @@ def measure(benchmark: Benchmark, size: str, runner: Runner, seeds: int | None =
     at = load(benchmark.workload, size).size
     numbers = range(seeds or at.seeds)
     shape = dict(benchmark.shape.get(size, at.shape))
-    full = Run(benchmark.workload, size, shape, at.steps, 0.0)
+    full = Run(benchmark.workload, size, shape, at.steps, 0.0, subject=benchmark.baseline)
     full = full.but(lr=tune(full, at.lrs, runner))
     plan: dict[str, list[Run]] = {"baseline": [full.but(seed=seed) for seed in numbers]}
     if benchmark.claim == "changed algorithm":
@@ -75,7 +77,7 @@ def measure(benchmark: Benchmark, size: str, runner: Runner, seeds: int | None =
     else:
         plan["A/A"] = [full.but(seed=seed + AGAIN) for seed in numbers]
     for label, recipe in {**benchmark.variants, **benchmark.controls}.items():
-        plan[label] = [full.but(seed=seed, recipe=_plain(recipe)) for seed in numbers]
+        plan[label] = [full.but(seed=seed, subject="lightning", recipe=_plain(recipe)) for seed in numbers]
     for label, subject in benchmark.subjects.items():
         plan[label] = [full.but(seed=seed, subject=subject) for seed in numbers]
     results = run(plan, runner)
