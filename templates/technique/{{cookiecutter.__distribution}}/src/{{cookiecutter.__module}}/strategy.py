@@ -3,7 +3,8 @@
 Source: {{ cookiecutter.paper }}.
 
 The method here is the template's example: a run on one device computes with a chosen number of CPU threads. Put yours
-in its place. For several processes inherit from Lightning's DDPStrategy, FSDPStrategy or ModelParallelStrategy.
+in its place. For several processes inherit from Lightning's DDPStrategy, FSDPStrategy or ModelParallelStrategy instead;
+TechniqueStrategy stays first, which has a resumed run see the data and the random numbers that it would have seen.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from eke import TechniqueStrategy
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from {{ cookiecutter.__module }}.entry import RECORD
 
 
-class {{ cookiecutter.class_name }}(SingleDeviceStrategy):
+class {{ cookiecutter.class_name }}(TechniqueStrategy, SingleDeviceStrategy):
     """{{ cookiecutter.summary }}.
 
     Example::
