@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import _configure_optimizers
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed._tools import mem_tracker
 from torch.nn.parallel import DistributedDataParallel
@@ -21,6 +22,7 @@ __all__ = [
     "leave_finished_epoch",
     "leave_out_of_ddp",
     "parse_optimizers",
+    "saves_sharded",
 ]
 
 
@@ -123,3 +125,8 @@ def leave_out_of_ddp(pl_module: LightningModule, modules: Iterable[nn.Module]) -
     vars(pl_module).pop("_ddp_params_and_buffers_to_ignore", None)
     if names:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(pl_module, names)
+
+
+def saves_sharded(strategy: ModelParallelStrategy) -> bool:
+    """Whether each process writes its own part of a checkpoint."""
+    return strategy._save_distributed_checkpoint

@@ -12,7 +12,7 @@ from eke_adam8bit import Adam8bit, AdamW8bit, eight_bit, state_bytes
 from eke_adam8bit import optimizer as ours
 from eke_adam8bit.plugin import choose, embeddings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -460,6 +460,17 @@ def test_an_embedding_that_is_also_the_output_layer_is_found_once_tied():
     root = nn.ModuleDict({"embed": nn.Embedding(8, 16), "head": nn.Linear(16, 8, bias=False)})
     root["head"].weight = root["embed"].weight
     assert any(p is root["head"].weight for p in embeddings(root))
+
+
+def test_a_checkpoint_can_be_written_before_the_first_step_and_the_run_begun_from_it(tmp_path):
+    class Saves(Callback):
+        def on_train_start(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / "start.ckpt")
+
+    through = fit(TinyBlocks(), technique(), callbacks=[Saves()]).state["weights"]
+    begun = fit(TinyBlocks(seed=1), technique(), ckpt=tmp_path / "start.ckpt").state["weights"]
+    assert through.keys() == begun.keys()
+    assert all(torch.equal(weight, begun[name]) for name, weight in through.items())
 
 
 def test_the_schedule_drives_the_new_optimizer():

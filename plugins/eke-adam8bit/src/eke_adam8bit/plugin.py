@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from eke import NoEffectWarning, TechniqueCallback
+from eke import NoEffectWarning, TechniqueCallback, compat
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
@@ -206,7 +206,7 @@ def choose(backend: str, strategy: Strategy) -> str:
                 f"{who} shards each parameter, which only back end 'torchao' can follow, and torchao is not installed: "
                 "pip install 'eke-adam8bit[torchao]'."
             )
-        if not getattr(strategy, "_save_distributed_checkpoint", True):
+        if not compat.saves_sharded(strategy):
             raise MisconfigurationException(
                 f"{who}(save_distributed_checkpoint=False) writes torchao's states to a file that cannot be read "
                 "again. Leave it at True."
