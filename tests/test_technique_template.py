@@ -1,5 +1,6 @@
 """The template of a technique: what it bakes passes the contract before its author writes a line."""
 
+import json
 import os
 import subprocess
 import sys
@@ -91,12 +92,13 @@ def test_it_has_every_file_of_a_technique_and_no_leftover(baked):
         assert "cookiecutter" not in (project / file).read_text()
 
 
-def test_its_benchmark_prints_a_headline_and_writes_it(baked, tmp_path):
+def test_its_benchmark_measures_it_against_baseline_and_controls(baked, tmp_path):
     _, project, environment = baked
-    file = tmp_path / "result.json"
-    out = run(sys.executable, project / "benchmark.py", "--output", file, env=environment)
-    assert '"headline": "a step of a tiny model takes ' in file.read_text()
-    assert "a step of a tiny model takes " in out
+    out = run(sys.executable, project / "benchmark.py", "--out", tmp_path, "--seeds", "1", env=environment)
+    assert "first_try on gpt, size smoke, 1 seed" in out
+    rows = json.loads((tmp_path / "first_try-gpt-smoke.json").read_text())["rows"]
+    assert {row["status"] for row in rows.values()} == {"ok"}
+    assert {"baseline", "A/A", "first-try", "smaller, same cost"} <= set(rows)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from eke_bench.benchmark import Benchmark, ledger, quality
-from eke_bench.stats import Interval, cost_of_quality, overlap, paired_mean, quality_at_cost
+from eke_bench.stats import cost_of_quality, counted, paired_mean, quality_at_cost
 from eke_bench.workloads import load
 
 PLAIN = ("baseline", "baseline, 1/2", "baseline, 1/3", "plain, same cost")
@@ -207,8 +207,8 @@ def _headline(summary: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     if "step_ratio" in row:
         parts.append(f"{row['step_ratio'][0]:.2f} of the cost of a step")
     if summary["claim"] != "changed algorithm":
-        return f"{summary['verdict']} ({summary['workload']}, {summary['seeds']} seeds)"
-    text = f"{summary['verdict']} ({summary['workload']}, {summary['seeds']} seeds): {value:.3f} {unit}"
+        return f"{summary['verdict']} ({summary['workload']}, {counted(summary['seeds'], 'seed')})"
+    text = f"{summary['verdict']} ({summary['workload']}, {counted(summary['seeds'], 'seed')}): {value:.3f} {unit}"
     for label, words in (
         ("plain, same cost", "the plain model for the same cost"),
         ("smaller, same cost", "a smaller one"),
@@ -226,6 +226,3 @@ def _per_step(result: Mapping[str, Any]) -> float | None:
 def _middle(values: Any) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
-
-
-__all__ = ["TOLERANCE", "Interval", "ledger", "overlap", "summarize"]

@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from eke_bench.analysis import PLAIN
-from eke_bench.stats import performance_profile
+from eke_bench.stats import counted, performance_profile
 
 MARKS = {"variant": "o", "control": "s", "subject": "^", "A/A": "x"}
 
@@ -53,7 +53,7 @@ def pareto(summary: Mapping[str, Any], path: Path) -> None:
     axes.set_xlabel("cost, steps of the reference model")
     axes.set_ylabel(summary["unit"])
     fixed = ", fixed architecture" if summary["fixed_architecture"] else ""
-    axes.set_title(f"{summary['name']} on {summary['workload']}, {summary['seeds']} seeds{fixed}")
+    axes.set_title(f"{summary['name']} on {summary['workload']}, {counted(summary['seeds'], 'seed')}{fixed}")
     axes.legend(fontsize="small")
     _save(figure, path)
 
@@ -71,7 +71,7 @@ def bars(summary: Mapping[str, Any], path: Path) -> None:
     axes.invert_yaxis()
     axes.axvline(1, color="0.3", linewidth=1)
     axes.set_xlabel("times the baseline")
-    axes.set_title(f"{summary['name']} on {summary['workload']}, {summary['seeds']} seeds")
+    axes.set_title(f"{summary['name']} on {summary['workload']}, {counted(summary['seeds'], 'seed')}")
     axes.legend(fontsize="small")
     _save(figure, path)
 

@@ -167,5 +167,10 @@ def interleaved(
     }
 
 
+def counted(number: int, noun: str) -> str:
+    """``"1 seed"``, ``"3 seeds"``."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def overlap(one: Interval, other: Interval) -> bool:
     return one.low <= other.high and other.low <= one.high

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eke_bench import timing
+from eke_bench.stats import counted
 
 VERDICTS = ("steps", "quality", "step", "for the quality", "for the cost")
 ACCOUNTS = ("peak MiB", "ledger", "CPU s", "wall s", "GFLOP", "energy J", "first step s")
@@ -22,7 +23,7 @@ def show(summary: Mapping[str, Any], console: Console | None = None) -> None:
     console = console or Console()
     fixed = ", fixed architecture" if summary["fixed_architecture"] else ""
     console.print(
-        f"{summary['name']} on {summary['workload']}, size {summary['size']}, {summary['seeds']} seeds{fixed}",
+        f"{summary['name']} on {summary['workload']}, size {summary['size']}, {counted(summary['seeds'], 'seed')}{fixed}",
         style="bold",
         highlight=False,
     )
