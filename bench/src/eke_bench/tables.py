@@ -22,11 +22,9 @@ def show(summary: Mapping[str, Any], console: Console | None = None) -> None:
     """Print a comparison: what each row gives, its accounts, then what may be concluded."""
     console = console or Console()
     fixed = ", fixed architecture" if summary["fixed_architecture"] else ""
-    console.print(
-        f"{summary['name']} on {summary['workload']}, size {summary['size']}, {counted(summary['seeds'], 'seed')}{fixed}",
-        style="bold",
-        highlight=False,
-    )
+    seeds = counted(summary["seeds"], "seed")
+    title = f"{summary['name']} on {summary['workload']}, size {summary['size']}, {seeds}{fixed}"
+    console.print(title, style="bold", highlight=False)
     for columns in (VERDICTS, ACCOUNTS):
         head, *rows = grid(summary, columns)
         table = _table(head)

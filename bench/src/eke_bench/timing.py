@@ -74,12 +74,12 @@ def grid(summary: Mapping[str, Any]) -> list[list[str]]:
     """Header and rows for a table."""
     rows = summary["timing"]
     facts = list(dict.fromkeys(name for row in rows.values() for name in row.get("facts", {})))
-    lines = [[summary["title"], "ms", "ratio [95 %]", *facts]]
+    lines = [[summary["title"], "ms", "ratio", "95 %", *facts]]
     for label, row in rows.items():
         value, low, high = row["ratio"]
         mark = "" if row["told_apart"] or label == next(iter(rows)) else "~"
         own = [_shown(row.get("facts", {}).get(name)) for name in facts]
-        lines.append([label, f"{1e3 * row['seconds']:.3g}", f"{mark}{value:.2f} [{low:.2f}, {high:.2f}]", *own])
+        lines.append([label, f"{1e3 * row['seconds']:.3g}", f"{mark}{value:.2f}", f"{low:.2f}-{high:.2f}", *own])
     return lines
 
 
