@@ -10,7 +10,7 @@ PAIRS = list(combinations(eke.available(), 2))
 @pytest.mark.parametrize(("first", "second"), PAIRS, ids=["+".join(pair) for pair in PAIRS])
 def test_two_techniques_give_one_result_in_both_orders_or_say_why_not(first, second):
     refusal = check_pair(lambda: build_example(first), lambda: build_example(second))
-    assert refusal is None or first in refusal.lower() or second in refusal.lower() or " " in refusal
+    assert refusal is None or first in refusal or second in refusal
 
 
 @pytest.mark.parametrize("name", eke.available())

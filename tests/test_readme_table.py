@@ -24,12 +24,15 @@ def test_each_technique_has_a_row_by_name_from_metadata_benchmark_and_readme(tmp
     technique(tmp_path, "callbacks", "eke-first", "- On `tpu`.\n- Never.")
     results = tmp_path / "benchmarks" / "cpu-2core"
     results.mkdir(parents=True)
-    (results / "z_last.json").write_text(json.dumps({"headline": "half the bytes"}))
+    (results / "z_last-gpt-cpu.json").write_text(json.dumps({"headline": "half the bytes"}))
+    (results / "z_last-step-cpu.json").write_text(json.dumps({"headline": ""}))
+    (results / "z_last-vit-cpu.json").write_text(json.dumps({"headline": "twice the time"}))
+    (results / "z_last-gpt-smoke.json").write_text(json.dumps({"headline": "nothing"}))
     assert readme_table.table(tmp_path).splitlines() == [
         "| technique | what it does | measured effect | when not to use it |",
         "| --- | --- | --- | --- |",
         "| [eke-first](callbacks/eke-first) | Does eke-first \\| well | not measured yet | On `tpu`. |",
-        "| [eke-z-last](plugins/eke-z-last) | Does eke-z-last \\| well | half the bytes | "
+        "| [eke-z-last](plugins/eke-z-last) | Does eke-z-last \\| well | half the bytes; twice the time | "
         "Short runs: warm-up takes 2.5 s. |",
     ]
 

@@ -1,7 +1,7 @@
 """Writes the table of techniques in README.md; with ``--check`` it only says whether the table is fresh.
 
-What a technique does is its distribution's summary. The measured effect is the ``headline`` that its benchmark.py
-stored in benchmarks/, and when not to use it is the first sentence of that section of its own README.
+What a technique does is its distribution's summary. The measured effect is what its benchmark.py concluded from the
+results in benchmarks/, and when not to use it is the first sentence of that section of its own README.
 """
 
 from __future__ import annotations
@@ -54,13 +54,14 @@ def row(folder: Path, results: Path) -> tuple[str, str, str, str]:
     project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     name = folder.name.removeprefix("eke-").replace("-", "_")
     link = f"[{folder.name}]({folder.parent.name}/{folder.name})"
-    cells = (project["description"], headline(results / f"{name}.json"), when_not(folder / "README.md"))
+    cells = (project["description"], headlines(results, name), when_not(folder / "README.md"))
     return link, *(cell.replace("|", "\\|") for cell in cells)
 
 
-def headline(file: Path) -> str:
-    """The sentence that a benchmark stored with its figures."""
-    return json.loads(file.read_text(encoding="utf-8"))["headline"] if file.exists() else "not measured yet"
+def headlines(results: Path, name: str) -> str:
+    """What the technique's comparisons and timings concluded."""
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(results.glob(f"{name}-*-cpu.json"))]
+    return "; ".join(one["headline"] for one in found if one["headline"]) or "not measured yet"
 
 
 def when_not(readme: Path) -> str:

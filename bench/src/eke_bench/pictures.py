@@ -20,7 +20,9 @@ MARKS = {"variant": "o", "control": "s", "subject": "^", "A/A": "x"}
 
 
 def draw(summary: Mapping[str, Any], path: Path) -> None:
-    """The picture that fits the claim: cost against quality, or ratios of cost and memory."""
+    """The picture that fits the claim: cost against quality, or ratios of cost and memory; a ladder's steps too."""
+    if any(" + " in label for label in summary["rows"]):
+        ladder(summary, path.with_name(f"{path.stem}-ladder.png"))
     if summary["claim"] != "changed algorithm":
         bars(summary, path)
     else:
@@ -55,6 +57,31 @@ def pareto(summary: Mapping[str, Any], path: Path) -> None:
     fixed = ", fixed architecture" if summary["fixed_architecture"] else ""
     axes.set_title(f"{summary['name']} on {summary['workload']}, {counted(summary['seeds'], 'seed')}{fixed}")
     axes.legend(fontsize="small")
+    _save(figure, path)
+
+
+def ladder(summary: Mapping[str, Any], path: Path) -> None:
+    """A recipe built up one technique at a time, and without each: quality and cost of every step of it."""
+    rows = [row for row in summary["rows"].values() if row["status"] == "ok" and row["role"] == "variant"]
+    whole, *others = rows
+    steps = [row for row in others if not row["label"].startswith("without ")]
+    left_out = [row for row in others if row["label"].startswith("without ")]
+    rows = [summary["rows"]["baseline"], *steps, whole, *left_out]
+    sign = -1 if summary["higher_is_better"] else 1
+    places = range(len(rows))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 1 + 0.5 * len(rows)), sharey=True, layout="constrained")
+    for place, row in zip(places, rows, strict=True):
+        values = [sign * value for value in row["quality"]]
+        left.plot([min(values), max(values)], [place, place], color="0.6", zorder=1)
+        color = "0.3" if row["role"] == "baseline" else "C1" if row in left_out else "C0"
+        left.plot(statistics.fmean(values), place, "o", color=color, zorder=2)
+    left.set_yticks(list(places), [row["label"] for row in rows])
+    left.invert_yaxis()
+    left.set_xlabel(summary["unit"])
+    left.grid(axis="x", color="0.9")
+    right.barh(list(places), [row["ledger"] or 0 for row in rows], 0.6, color="0.6")
+    right.set_xlabel("cost, steps of the reference model")
+    figure.suptitle(f"{summary['workload']}, {counted(summary['seeds'], 'seed')}: one technique more at each step")
     _save(figure, path)
 
 

@@ -283,6 +283,10 @@ def test_depth_doubles_at_each_stage_and_validation_has_the_depth_of_training(fo
     assert depth.kinds == {step: f"{blocks} of 4 blocks" for step, blocks in depth.train.items()}
 
 
+def test_before_a_run_no_kind_of_step_is_known():
+    assert Stacking([3]).step_kind() == ""
+
+
 def test_stages_as_shares_are_those_of_the_whole_run():
     stacking = Stacking([0.25, 0.5])
     fit(TinyBlocks(), stacking)  # 12 steps

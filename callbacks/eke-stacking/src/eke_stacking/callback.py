@@ -134,6 +134,8 @@ class Stacking(TechniqueCallback):
             self._next = self._due()
 
     def step_kind(self) -> str:
+        if self.active is None:
+            return ""  # no model yet
         return f"{len(self.active)} of {len(self._full)} blocks"
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
