@@ -32,5 +32,5 @@ def test_it_resumes_within_an_accumulation_window():
 
 
 def test_lightnings_own_strategy_does_not():
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="random state"):
         checks.resumes(checks.Subject(build=Plain), after_steps=2, **STEPWISE)
