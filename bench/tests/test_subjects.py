@@ -25,15 +25,20 @@ def test_a_subject_trains_and_tells_the_meter_of_every_step_and_evaluation(name,
     assert result["curve"][-1]["val_loss"] == pytest.approx(result["final"]["val_loss"], rel=1e-6)
 
 
-def test_hugging_faces_trainer_comes_to_the_loss_of_the_loop_by_hand_to_the_bit(results):
+def test_hugging_faces_trainer_comes_to_the_loss_of_the_loop_by_hand(results):
     if "hf" not in results:
         pytest.skip(f"hf: {subjects.missing('hf')}")
-    assert results["hf"]["final"] == results["hand"]["final"]
+    # Not to the bit: it sums the norm that it clips by in another order.
+    assert results["hf"]["final"]["val_loss"] == pytest.approx(results["hand"]["final"]["val_loss"], rel=1e-5)
 
 
-def test_lightning_comes_to_the_loss_of_the_loop_by_hand(results):
-    # Not to the bit: its evaluation averages in another order.
-    assert results["lightning"]["final"]["val_loss"] == pytest.approx(results["hand"]["final"]["val_loss"], rel=1e-6)
+def test_lightning_trains_to_the_bits_of_the_loop_by_hand():
+    longer = RUN.but(steps=120)
+    curves = [
+        [point["val_loss"] for point in runner.train(longer.but(subject=name))["curve"]]
+        for name in ("lightning", "hand")
+    ]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-7)  # evaluations may average in another order
 
 
 @pytest.mark.parametrize("name", [name for name in HERE if name != "peft"])

@@ -186,12 +186,23 @@ def _same_verdict(row: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
     """Whether the mathematics is the same, and what a step costs."""
     base = rows["baseline"]["quality"]
     off = max(abs(gap) / max(abs(value), 1e-12) for gap, value in zip(row["quality_gap"], base, strict=True))
-    said = "same losses" if off <= TOLERANCE else f"not the same mathematics here: losses differ by up to {off:.1e}"
+    if off <= TOLERANCE:
+        said = "same losses"
+    elif (
+        len(base) > 1 and 0.0 in paired_mean(row["quality_gap"]) and _reach(row["quality_gap"]) < max(base) - min(base)
+    ):
+        said = f"losses apart by up to {_reach(row['quality_gap']):.1g}, as rounding grows, and not told apart"
+    else:
+        said = f"not the same mathematics here: losses differ by up to {off:.1e}"
     if "step_ratio" not in row:
         return f"{said}; cost of a step not known"
     if not row["step_told_apart"]:
         return f"{said}; cost of a step not told apart"
     return f"{said}; a step costs {row['step_ratio'][0]:.2f} of the plain one"
+
+
+def _reach(gaps: list[float]) -> float:
+    return max(map(abs, gaps))
 
 
 def _headline(summary: Mapping[str, Any], row: Mapping[str, Any]) -> str:

@@ -28,6 +28,7 @@ class HuggingFace:
         model = workload.model(run.shape, run.lr, run.steps)
         configured = model.configure_optimizers()
         every = max(1, run.steps // workload.size.evaluations)
+        watch = _Metered(meter, workload, every)
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
                 folder,
@@ -46,10 +47,10 @@ class HuggingFace:
                 model=Wrapped(model),
                 args=arguments,
                 optimizers=(configured["optimizer"], configured["lr_scheduler"]["scheduler"]),
-                callbacks=[_Metered(meter, workload, every)],
+                callbacks=[watch],
             )
+            trainer.watch = watch
             trainer.loader = workload.train_loader(run.seed)
-            trainer.meter = meter
             trainer.train()
         device = next(model.parameters()).device
         return {**evaluate(model, workload, device), **workload.finish(model)}
@@ -83,14 +84,13 @@ class _Loader:
 
 class _Trainer(Trainer):
     loader: DataLoader
-    meter: Meter
-    kind = ""
+    watch: _Metered
 
     def get_train_dataloader(self) -> _Loader:
         return _Loader(self.loader)
 
     def training_step(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any) -> torch.Tensor:
-        type(self).kind = shapes(inputs["batch"])
+        self.watch.kind = shapes(inputs["batch"])
         return super().training_step(model, inputs, *args)
 
 
@@ -99,6 +99,7 @@ class _Metered(TrainerCallback):
 
     def __init__(self, meter: Meter, workload: Workload, every: int) -> None:
         self.meter, self.workload, self.every = meter, workload, every
+        self.kind = ""
         self._counting = ExitStack()
         self._tell: Any = None
 
@@ -111,9 +112,9 @@ class _Metered(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
         if self._tell is None:
-            self.meter.step(_Trainer.kind)
+            self.meter.step(self.kind)
         else:
-            self._tell(_Trainer.kind)
+            self._tell(self.kind)
             self._tell = None
             self._counting.close()
         if state.global_step % self.every == 0:

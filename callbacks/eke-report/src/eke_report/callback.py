@@ -1,0 +1,352 @@
+"""The effect report: on the user's own run, what does each technique give, and how busy is the machine?
+
+A technique that does not change the mathematics can be switched off for a few steps and on again. That is done in
+short blocks, off and on in turn, so that a machine which slows down slows both. A technique that does change it cannot:
+what it gives takes paired runs, :func:`eke_report.paired`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import count
+from pathlib import Path
+from statistics import fmean, median
+from time import perf_counter
+from typing import Any, ClassVar
+
+import eke
+import torch
+from eke import Technique, TechniqueCallback, measure
+from lightning.pytorch import LightningModule, Trainer
+
+from eke_report.entry import RECORD
+from eke_report.text import render
+
+# on, off, off, on: the two that are alike are the A/A control of the round, and the order turns around in the next one.
+ROUND = ("on", "off", "off", "on")
+RUN = ("run", None)
+BUILT_IN = ("alter_optimizer", "alter_loader", "alter_batch", "around_step", "manifest", "shape_from", "eval_weights")
+
+
+class Report(TechniqueCallback):
+    """Reports at the end of ``fit``: on the terminal, as ``effects.json``, and to the Trainer's loggers.
+
+    Example::
+
+        trainer = Trainer(callbacks=[Stacking(), Adam8bit(), Report()])
+
+    Args:
+        start: Optimizer steps before it begins to switch: what compiles and allocates should have done so.
+        rounds: Of switching each technique off and on. Each takes four blocks.
+        block: Batches in a block, of which the first is not timed.
+        ceilings: Measure the machine's best matrix product at the end, for about a second, to give a utilization.
+        file: Name of the JSON file in the logger's folder, or in ``default_root_dir``; ``""`` writes none.
+
+    Raises:
+        ValueError: a number that leaves nothing to time.
+    """
+
+    technique: ClassVar[Technique] = RECORD
+
+    def __init__(
+        self, *, start: int = 20, rounds: int = 5, block: int = 4, ceilings: bool = True, file: str = "effects.json"
+    ) -> None:
+        if start < 2 or rounds < 2 or block < 2:
+            raise ValueError(
+                f"start={start}, rounds={rounds}, block={block} leave nothing to compare: each has to be 2 or more."
+            )
+        self.start, self.rounds, self.block, self.ceilings, self.file = start, rounds, block, ceilings, file
+        self.result: dict[str, Any] | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self._steps: list[float] = []  # seconds of ordinary batches
+        self._waits: list[float] = []  # seconds between two batches
+        self._samples = 0
+        self._states: dict[str, list[list[float]]] = {}  # technique to rounds of four block means
+        self._counts: dict[str, dict[str, Any]] = {}  # "on", or a technique that was off, to FLOPs and memory
+        self._why_not: dict[str, str] = {}
+        self._switchable: list[TechniqueCallback] = []
+        self._script: list[tuple[str, Any]] = []  # what is still to be done, the next at the end
+        self._off: TechniqueCallback | None = None
+        self._began = self._ended = None
+        self._counting: ExitStack | None = None
+        self._block: list[float] = []
+
+    # ------------------------------------------------------------------ a run
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clear()
+        self.result = None
+        for technique in eke.techniques(trainer):
+            if technique is not self:
+                reason = _fixed(technique, pl_module)
+                if reason is None:
+                    self._switchable.append(technique)
+                else:
+                    self._why_not[type(technique).technique.name] = reason
+        for part in (trainer.strategy, trainer.precision_plugin):
+            if (record := getattr(type(part), "technique", None)) is not None:
+                self._why_not[record.name] = "it is part of the Trainer for the whole run"
+        # Compiled code cannot run while operators are counted; with several processes a share would be taken for all.
+        self._script = [*self._plan(count=trainer.world_size == 1 and not _compiled(pl_module))][::-1]
+        self._doing: tuple[str, Any] = ("wait", None)
+        self._now = _synchronized if pl_module.device.type == "cuda" else perf_counter
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._began = self._now()
+        if self._ended is not None:
+            self._waits.append(self._began - self._ended)
+        if self._doing is RUN:  # until the end: nothing is switched any more
+            return
+        if self.clock.at_boundary and self.clock.steps >= self.start and self._done():
+            self._doing = self._script.pop() if self._script else RUN
+        what, technique = self._doing
+        self._switch(technique if what in ("off", "count off") else None, pl_module)
+        if what.startswith("count") and _name(technique) not in self._counts:
+            self._counting = _counting(pl_module, trainer, self._counts, technique)
+        self._began = self._now()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self._stop_counting()  # an optimizer may be compiled, which cannot run while operators are counted
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._stop_counting()
+        self._ended = self._now()
+        if self._doing is RUN:
+            self._steps.append(self._ended - self._began)
+        elif self._doing[0] in ("on", "off"):
+            self._block.append(self._ended - self._began)
+        self._samples += len(batch) if isinstance(batch, torch.Tensor) else _length(batch)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._ended = None  # what comes before the next batch is no waiting for data
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._ended = None
+        self._switch(None, pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._ended = None
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_counting()
+        self._done()
+        self._switch(None, pl_module)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # all processes take part in finding it
+        if trainer.is_global_zero:
+            self._publish(trainer, pl_module, folder)
+
+    def restore_model(self, pl_module: LightningModule) -> None:
+        self._stop_counting()
+        self._off = None  # the coordinator restores all of them
+
+    # ------------------------------------------------------------------ switching
+
+    def _done(self) -> bool:
+        """Whether what is being done has been done for long enough; then keep what was timed."""
+        what, technique = self._doing
+        if what not in ("on", "off"):
+            return True
+        if len(self._block) < self.block:
+            return False
+        rounds = self._states.setdefault(_name(technique), [])
+        if not rounds or len(rounds[-1]) == len(ROUND):
+            rounds.append([])
+        rounds[-1].append(median(self._block[1:]))
+        if what == "on":
+            self._steps.extend(self._block[1:])
+        self._block = []
+        return True
+
+    def _plan(self, *, count: bool) -> Iterator[tuple[str, Any]]:
+        """What to do with each batch, or block of batches, once the run is warm."""
+        if count:
+            yield "count on", None
+        for technique in self._switchable if count else ():
+            yield "count off", technique
+        for number in range(self.rounds):
+            for technique in self._switchable:
+                for state in ROUND if number % 2 == 0 else ["off", "on", "on", "off"]:
+                    yield state, technique
+
+    def _switch(self, off: TechniqueCallback | None, pl_module: LightningModule) -> None:
+        if self._off is off:
+            return
+        if self._off is not None:
+            self._off.alter_model(pl_module)
+        if off is not None:
+            off.restore_model(pl_module)
+        self._off = off
+
+    def _stop_counting(self) -> None:
+        if self._counting is not None:
+            self._counting.close()
+            self._counting = None
+
+    # ------------------------------------------------------------------ the report
+
+    def _publish(self, trainer: Trainer, pl_module: LightningModule, folder: Path) -> None:
+        self.result = self._conclude(trainer, pl_module)
+        for logger in trainer.loggers:
+            logger.log_metrics(_flat(self.result), step=trainer.global_step)
+        print(f"\n{render(self.result)}", flush=True)
+        if self.file:
+            print(f"As JSON: {write(self.result, folder / self.file)}", flush=True)
+
+    def _conclude(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        own = self._counts.get("on", {})
+        step = median(self._steps) if self._steps else None
+        result: dict[str, Any] = {
+            "device": str(pl_module.device),
+            "precision": str(trainer.precision),
+            "processes": trainer.world_size,
+            "batches": self.clock.micro_steps,
+            "step_s": step,
+            "samples_per_s": self._samples / self.clock.micro_steps * trainer.world_size / step
+            if step and self.clock.micro_steps
+            else None,
+            "waiting_for_data": fmean(self._waits) / (fmean(self._waits) + step) if self._waits and step else None,
+            "flops_per_step": own.get("flops"),
+            "memory": own.get("memory") or _allocated(pl_module),
+            "techniques": {},
+        }
+        if step and own.get("flops") and self.ceilings:
+            dtype = "bfloat16" if "16" in str(trainer.precision) else "float32"
+            best = measure.ceilings(pl_module.device, seconds=0.3)[dtype]["best"]
+            result["ceiling_flops_per_s"] = best
+            result["utilization"] = own["flops"] / step / best
+        for technique in self._switchable:
+            name = type(technique).technique.name
+            result["techniques"][name] = self._effect(name)
+        for name, reason in self._why_not.items():
+            result["techniques"][name] = {"measured": False, "why": f"{reason}: what it gives takes paired runs"}
+        return result
+
+    def _effect(self, name: str) -> dict[str, Any]:
+        rounds = [one for one in self._states.get(name, ()) if len(one) == len(ROUND)]
+        short = f"the run was too short: it ended after {len(rounds)} of {self.rounds} rounds"
+        effect = compare(rounds) if len(rounds) > 1 else {"measured": False, "why": short}
+        on, off = (self._counts.get(key, {}).get("memory") for key in ("on", name))
+        if on and off:
+            effect["memory_ratio"] = on["total"] / off["total"]
+        return effect
+
+
+def compare(rounds: list[list[float]]) -> dict[str, Any]:
+    """What switching did to the time of a step.
+
+    Args:
+        rounds: For each round the time of a step in its four blocks: on, off, off, on in even rounds, and off, on, on,
+            off in odd ones.
+
+    Returns:
+        ``step_ratio``: with the technique over without it, ``[median, least, most]`` over the rounds; ``control``: the
+        same of blocks that were alike; ``told_apart``: whether the ratio lies outside the control in every round, and
+        further than 2 % from 1.
+    """
+    ratios, control = [], []
+    for number, (a, b, c, d) in enumerate(rounds):
+        outer, inner = (a + d) / 2, (b + c) / 2
+        ratios.append(outer / inner if number % 2 == 0 else inner / outer)
+        control += [a / d, b / c]
+    reach = max(max(control) - 1, 1 - min(control), 0.02)
+    return {
+        "measured": True,
+        "rounds": len(rounds),
+        "step_ratio": [median(ratios), min(ratios), max(ratios)],
+        "control": [median(control), min(control), max(control)],
+        "told_apart": all(ratio > 1 + reach for ratio in ratios) or all(ratio < 1 - reach for ratio in ratios),
+    }
+
+
+def write(result: dict[str, Any], path: Path) -> Path:
+    """Write a report to ``path``, or beside it with ``-1``, ``-2`` in its name: none is overwritten."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number in count():
+        file = path if number == 0 else path.with_stem(f"{path.stem}-{number}")
+        try:
+            with file.open("x") as out:
+                json.dump(result, out, indent=1)
+            return file
+        except FileExistsError:
+            continue
+    raise AssertionError("count() has no end")
+
+
+def _name(technique: TechniqueCallback | None) -> str:
+    return "on" if technique is None else type(technique).technique.name
+
+
+def _fixed(technique: TechniqueCallback, pl_module: LightningModule) -> str | None:
+    """Why a technique cannot be switched off for a few steps; None if it can."""
+    exactness = type(technique).technique.exactness
+    if exactness not in ("exact", "reordered sums"):
+        return f"it changes the mathematics ({exactness})"
+    kinds = [name for name in BUILT_IN if getattr(type(technique), name) is not getattr(TechniqueCallback, name)]
+    if kinds:
+        return f"it is built into the run ({', '.join(kinds)})"
+    if type(technique).alter_model is TechniqueCallback.alter_model:
+        return "it has nothing to switch"
+    if _compiled(pl_module):
+        return "the model is compiled, and each switch would compile it again"
+    return None
+
+
+def _compiled(pl_module: LightningModule) -> bool:
+    return getattr(pl_module, "_compiler_ctx", None) is not None or any(
+        module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in pl_module.modules()
+    )
+
+
+def _counting(
+    pl_module: LightningModule, trainer: Trainer, counts: dict[str, dict[str, Any]], technique: Any
+) -> ExitStack:
+    """Count FLOPs and memory until the stack is closed, which happens between backward and the optimizer."""
+    stack = ExitStack()
+    memory = stack.enter_context(measure.tracked_memory(pl_module, *trainer.optimizers))
+    flops = stack.enter_context(measure.count_flops())
+
+    def keep() -> None:
+        counts[_name(technique)] = {"memory": memory, "flops": flops["flops"]}
+
+    outer = ExitStack()
+    outer.callback(keep)
+    outer.push(stack)
+    return outer
+
+
+def _allocated(pl_module: LightningModule) -> dict[str, int] | None:
+    """Where it was not counted: the allocator's own peak, of the whole process, on a card."""
+    return {"total": torch.cuda.max_memory_allocated()} if pl_module.device.type == "cuda" else None
+
+
+def _synchronized() -> float:
+    torch.cuda.synchronize()
+    return perf_counter()
+
+
+def _length(batch: Any) -> int:
+    """Samples in a batch: the length of the first tensor in it."""
+    if isinstance(batch, torch.Tensor):
+        return len(batch) if batch.ndim else 1
+    parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else ()
+    return next((found for part in parts if (found := _length(part))), 0)
+
+
+def _flat(result: dict[str, Any]) -> dict[str, float]:
+    """Numbers for a logger."""
+    flat = {
+        f"effect/{name}": result.get(name) for name in ("step_s", "samples_per_s", "waiting_for_data", "utilization")
+    }
+    if result["memory"]:
+        flat["effect/peak_memory_bytes"] = result["memory"]["total"]
+    for name, effect in result["techniques"].items():
+        if effect["measured"]:
+            flat[f"effect/{name}/step_time_ratio"] = effect["step_ratio"][0]
+        flat[f"effect/{name}/memory_ratio"] = effect.get("memory_ratio")
+    return {name: float(value) for name, value in flat.items() if value is not None}
