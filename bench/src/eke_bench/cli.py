@@ -76,7 +76,7 @@ def compare(benchmarks: Sequence[Benchmark], options: argparse.Namespace) -> int
         summary = summarize(benchmark, options.size, results)
         stem = Path(options.out) / stem_of(benchmark, options.size)
         stem.parent.mkdir(parents=True, exist_ok=True)
-        stem.with_name(stem.name + ".json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
+        stem.with_name(stem.name + ".json").write_text(json.dumps(summary, indent=1) + "\n")
         pictures.draw(summary, stem.with_name(stem.name + ".png"))
         tables.show(summary)
         print(f"Summary and picture: {stem}.json and .png")
@@ -119,12 +119,19 @@ def _run(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> int:
     from eke_bench import pictures, tables
 
-    summaries = [json.loads(file.read_text()) for file in sorted(Path(options.out).glob("*.json"))]
-    summaries = [one for one in summaries if isinstance(one, dict) and {"rows", "workload", "aa"} <= set(one)]
-    if not summaries:
+    stored = [json.loads(file.read_text()) for file in sorted(Path(options.out).glob("*.json"))]
+    stored = [one for one in stored if isinstance(one, dict)]
+    summaries = [one for one in stored if {"rows", "workload", "aa"} <= set(one)]
+    timings = [one for one in stored if "timing" in one]
+    if not summaries and not timings:
         raise EkeError(f"{options.out} holds no summary. Run a comparison with --out {options.out} first.")
-    for summary in summaries:
-        tables.show(summary)
+    for summary in [*timings, *summaries]:
+        if options.markdown:
+            print(f"{summary['name']}\n\n{tables.markdown(summary)}\n")
+        else:
+            (tables.show_timing if "timing" in summary else tables.show)(summary)
+    if not summaries:
+        return 0
     picture = Path(options.out) / "profile.png"
     pictures.profile(summaries, picture)
     print(f"Performance profile over the workloads: {picture}")
@@ -184,6 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(act=_run, show=False)
     show = commands.add_parser("show", help="tables and the performance profile of stored comparisons")
     show.add_argument("--out", default="benchmarks", metavar="DIR")
+    show.add_argument("--markdown", action="store_true", help="print the tables for a README")
     show.set_defaults(act=_show)
     listing = commands.add_parser("list", help="workloads and subjects, and what is missing here")
     listing.set_defaults(act=_list)

@@ -93,6 +93,12 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
         f"A/A control: cost of a step {low:.3f} to {high:.3f} times itself, {summary['unit']} apart by up to "
         f"{aa['quality_reach']:.4f}. What cannot be told apart from that is marked ~.",
     ]
+    models = {"plain model": "baseline", "smaller": "smaller, same cost"}
+    for words, label in models.items():
+        row = summary["rows"].get(label, {"status": "none"})
+        if row["status"] == "ok":
+            shape = ", ".join(f"{value} {name}" for name, value in row["shape"].items())
+            lines.append(f"{words}: {shape}, learning rate {row['lr']:g}.")
     failed = [row for row in summary["rows"].values() if row["status"] != "ok"]
     lines += [f"{row['label']}: {row['status']}: {row['error']}" for row in failed]
     return [*lines, f"Verdict: {summary['verdict']}."]
