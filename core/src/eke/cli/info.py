@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from eke import registry
-from eke.cli import certificates
+from eke.cli import certificates, columns
 from eke.spec import Technique
 
 
@@ -91,7 +91,7 @@ def _documented(factory: Callable[..., object]) -> dict[str, str]:
             texts[name] = text.strip()
         else:
             texts[name] = f"{texts[name]} {line.strip()}".strip()
-    return texts
+    return {name: text.replace("``", "") for name, text in texts.items()}
 
 
 def _plain(value: Any) -> str:
@@ -103,5 +103,4 @@ def _plain(value: Any) -> str:
 
 
 def _two_columns(lines: list[tuple[str, str]]) -> str:
-    width = max(len(key) for key, _ in lines)
-    return "\n".join(f"  {key.ljust(width)}  {value}".rstrip() for key, value in lines)
+    return columns.table([("", key, value) for key, value in lines], columns.width(), shrink=(2,))

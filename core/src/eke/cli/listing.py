@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from eke import registry
-from eke.cli import certificates
+from eke.cli import certificates, columns
 from eke.spec import KINDS
 
 
@@ -33,10 +33,7 @@ def render(found: list[Row]) -> str:
     if not found:
         return "No technique is installed. Perhaps: pip install eke-stacking"
     lines = [("technique", "version", "kind", "what it does", "certificate"), *map(astuple, found)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    return columns.table(lines, columns.width(), shrink=(4, 3))
 
 
 def kind(entry: EntryPoint) -> str:

@@ -1,0 +1,38 @@
+"""Columns of text that fit a terminal. Into a file or a pipe a line stays a line, for grep."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import textwrap
+
+
+def width() -> int | None:
+    """Characters of the terminal; None where the output is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def table(lines: list[tuple[str, ...]], within: int | None, shrink: tuple[int, ...]) -> str:
+    """Aligned columns; those in ``shrink`` share what the others leave of ``within`` characters and wrap."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    if within is not None:
+        left = within - sum(wide for number, wide in enumerate(widths) if number not in shrink) - 2 * (len(widths) - 1)
+        for rank, number in enumerate(shrink):
+            share = max(20, left // (len(shrink) - rank))
+            widths[number] = min(widths[number], share)
+            left -= widths[number]
+    return "\n".join(_row(line, widths) for line in lines)
+
+
+def _row(line: tuple[str, ...], widths: list[int]) -> str:
+    cells = [
+        textwrap.wrap(cell, max(1, wide), break_on_hyphens=False) or [""]
+        for cell, wide in zip(line, widths, strict=True)
+    ]
+    rows = [
+        "  ".join(
+            (cell[number] if number < len(cell) else "").ljust(wide) for cell, wide in zip(cells, widths, strict=True)
+        )
+        for number in range(max(map(len, cells)))
+    ]
+    return "\n".join(row.rstrip() for row in rows)
