@@ -5,7 +5,7 @@ import pytest
 from eke.testing import checks
 from eke.testing.data import shuffled
 from eke.testing.models import STEPS
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 STEPWISE = {"loader": shuffled, "random": True, "dropout": 0.1}
 
@@ -34,3 +34,11 @@ def test_it_resumes_within_an_accumulation_window():
 def test_lightnings_own_strategy_does_not():
     with pytest.raises(AssertionError, match="random state"):
         checks.resumes(checks.Subject(build=Plain), after_steps=2, **STEPWISE)
+
+
+class KeptOnTwo(eke.TechniqueStrategy, DDPStrategy):
+    technique = eke.Technique(name="kept_on_two", kind="strategy")
+
+
+def test_with_ddp_two_processes_equal_one():
+    checks.ranks_equal_one_process(checks.Subject(build=KeptOnTwo))
