@@ -172,6 +172,21 @@ def test_counting_changes_no_weight():
     torch.testing.assert_close(counted.weight, layer.weight, rtol=0, atol=0)
 
 
+def test_a_kind_that_came_once_and_was_not_timed_counts_as_the_mean_of_the_others(machine):
+    one = meter(machine, every=2)
+    one.start()
+    for number in range(9):
+        machine.work(3.0)
+        one.step("first" if number == 0 else "later")
+    one.stop()
+    assert one.result()["accounts"]["ledger"] == pytest.approx(9 * 3 / 2)
+
+
+def test_kinds_that_came_often_and_were_not_counted_leave_a_hole():
+    assert meters._filled({"known": 7, "unknown": None}, {"known": 10, "unknown": 2})["unknown"] is None
+    assert meters._filled({"known": 7, "unknown": None}, {"known": 200, "unknown": 2})["unknown"] == 7
+
+
 def test_a_kind_that_was_never_counted_leaves_a_hole_and_no_number():
     one = Meter(lambda: None, every=2, count=False)
     one.start()

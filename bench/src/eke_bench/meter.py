@@ -161,6 +161,7 @@ class Meter:
         multiples = {name: _median(kind.multiples) for name, kind in self.kinds.items()}
         flops = {name: kind.flops for name, kind in self.kinds.items()}
         steps = {name: kind.steps for name, kind in self.kinds.items()}
+        multiples, flops = _filled(multiples, steps), _filled(flops, steps)
         memory = [kind.memory for kind in self.kinds.values() if kind.memory is not None]
         curve = []
         for point in self.curve:
@@ -225,6 +226,20 @@ class Meter:
         if self._cuda:
             torch.cuda.synchronize()
         return time.perf_counter(), time.process_time()
+
+
+def _filled(each: dict[str, Any], steps: dict[str, int]) -> dict[str, Any]:
+    """Costs of kinds, those of rare ones filled with the mean.
+
+    A kind that came up once or twice, such as the very first step of a schedule, may have been neither timed nor
+    counted. Up to a hundredth of the steps, or one, that is no reason to know nothing of the others.
+    """
+    known = {name: cost for name, cost in each.items() if cost is not None}
+    unknown = sum(steps[name] for name in each if name not in known)
+    if not known or unknown > max(1, sum(steps.values()) // 100):
+        return each
+    mean = sum(steps[name] * cost for name, cost in known.items()) / sum(steps[name] for name in known)
+    return {name: known.get(name, mean) for name in each}
 
 
 def _total(steps: dict[str, int] | Counter[str], each: dict[str, Any]) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import _configure_optimizers
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed._tools import mem_tracker
 from torch.nn.parallel import DistributedDataParallel
@@ -19,6 +19,7 @@ __all__ = [
     "batches_done",
     "combined_loader",
     "epoch_of_next_batch",
+    "expect_unused_parameters",
     "leave_finished_epoch",
     "leave_out_of_ddp",
     "parse_optimizers",
@@ -125,6 +126,12 @@ def leave_out_of_ddp(pl_module: LightningModule, modules: Iterable[nn.Module]) -
     vars(pl_module).pop("_ddp_params_and_buffers_to_ignore", None)
     if names:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(pl_module, names)
+
+
+def expect_unused_parameters(strategy: object) -> None:
+    """Let DDP, when it next wraps a model, look which parameters took part in a step. Others need nothing of this."""
+    if isinstance(strategy, DDPStrategy):
+        strategy._ddp_kwargs["find_unused_parameters"] = True
 
 
 def saves_sharded(strategy: ModelParallelStrategy) -> bool:

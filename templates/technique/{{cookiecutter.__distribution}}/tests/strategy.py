@@ -6,7 +6,7 @@ from eke.testing.data import shuffled
 from {{ cookiecutter.__module }} import {{ cookiecutter.class_name }}
 from lightning.pytorch import Callback
 
-# The contract gives accelerator= beside the technique, which Lightning refuses with a strategy: so promises are named here.
+# The contract gives accelerator= as well, which Lightning refuses beside a strategy. So the promises are named here.
 SUBJECT = checks.Subject(build={{ cookiecutter.class_name }})
 
 
