@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def stem_of(benchmark: Benchmark, size: str) -> str:
     return f"{benchmark.name}-{benchmark.workload.replace(':', '.')}-{size}"
 
 
-def composition(recipe: Recipe, workload: str) -> Benchmark:
+def composition(recipe: Recipe, workload: str, shape: Mapping[str, Mapping[str, int]] | None = None) -> Benchmark:
     """A recipe of several techniques as a ladder, one technique more at each step, and without each of them."""
     names = list(recipe)
     variants: dict[str, Recipe] = {" + ".join(names): recipe}
@@ -97,7 +97,7 @@ def composition(recipe: Recipe, workload: str) -> Benchmark:
     if len(names) > 2:
         for name in names[:-1]:  # without the last is the ladder's last step but one
             variants[f"without {name}"] = {other: recipe[other] for other in names if other != name}
-    return Benchmark("-".join(names), variants, workload)
+    return Benchmark("-".join(names), variants, workload, shape=shape or {})
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -108,10 +108,10 @@ def _run(options: argparse.Namespace) -> int:
         raise EkeError(str(error)) from None
     if options.ladder and len(recipe) < 2:
         raise EkeError("a ladder needs two techniques or more. Name them, or leave --ladder out.")
-    if options.ladder:
-        return compare([composition(recipe, options.workload)], options)
-    label = " + ".join(recipe)
     shape = {options.size: _shape(options.shape)} if options.shape else {}
+    if options.ladder:
+        return compare([composition(recipe, options.workload, shape)], options)
+    label = " + ".join(recipe)
     claim = "same mathematics" if options.same else "changed algorithm"
     return compare([Benchmark("-".join(recipe), {label: recipe}, options.workload, claim, shape=shape)], options)
 
