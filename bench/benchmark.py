@@ -11,7 +11,7 @@ TRAINERS = Benchmark(
     "trainers",
     {"Lightning": {}},
     claim="same mathematics",
-    subjects={"Hugging Face Trainer": "hf"},
+    subjects={"Hugging Face Trainer": "hf", "DeepSpeed, ZeRO 0": "deepspeed"},
     baseline="hand",
 )
 

@@ -41,6 +41,12 @@ def test_lightning_trains_to_the_bits_of_the_loop_by_hand():
     assert curves[0] == pytest.approx(curves[1], rel=1e-7)  # evaluations may average in another order
 
 
+def test_deepspeed_comes_to_the_loss_of_the_loop_by_hand(results):
+    if "deepspeed" not in results:
+        pytest.skip(f"deepspeed: {subjects.missing('deepspeed')}")
+    assert results["deepspeed"]["final"]["val_loss"] == pytest.approx(results["hand"]["final"]["val_loss"], rel=1e-3)
+
+
 @pytest.mark.parametrize("name", [name for name in HERE if name != "peft"])
 def test_the_same_step_has_the_same_flops(name, results):
     assert results[name]["accounts"]["flops"] == results["hand"]["accounts"]["flops"]

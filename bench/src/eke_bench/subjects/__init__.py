@@ -19,6 +19,7 @@ NAMES: dict[str, tuple[str, tuple[str, ...]]] = {
     "lightning": ("eke_bench.subjects.lightning:Lightning", ()),
     "hand": ("eke_bench.subjects.hand:Hand", ()),
     "bitsandbytes": ("eke_bench.subjects.bitsandbytes:BitsAndBytes", ("bitsandbytes",)),
+    "deepspeed": ("eke_bench.subjects.deepspeed:DeepSpeed", ("deepspeed",)),
     "hf": ("eke_bench.subjects.hf:HuggingFace", ("transformers", "accelerate")),
     "peft": ("eke_bench.subjects.peft:Peft", ("peft",)),
 }
