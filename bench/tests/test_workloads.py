@@ -201,7 +201,7 @@ def test_pretraining_draws_none_of_the_runs_numbers(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "size", "said"),
     [
-        ("nothing", "smoke", "no workload 'nothing'. There are: gpt, finetune, mae, vit"),
+        ("nothing", "smoke", "no workload 'nothing'. There are: gpt, gpt-long, finetune, mae, vit"),
         ("a_module_that_is_not_there:Thing", "smoke", "does not load: No module named"),
         ("eke_bench.stats:Thing", "smoke", "eke_bench.stats holds no 'Thing'"),
     ],

@@ -12,6 +12,7 @@ __all__ = ["NAMES", "Learner", "Size", "Workload", "load", "lr_factor"]
 
 NAMES = {
     "gpt": "eke_bench.workloads.gpt:GPT",
+    "gpt-long": "eke_bench.workloads.gpt:LongGPT",
     "finetune": "eke_bench.workloads.finetune:Finetune",
     "mae": "eke_bench.workloads.mae:Masked",
     "vit": "eke_bench.workloads.vit:Digits",

@@ -6,6 +6,7 @@ import hashlib
 import math
 import sysconfig
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
@@ -139,3 +140,14 @@ class GPT(Workload):
 
     def tokens(self) -> int:
         return self.size.batch * self.size.options["length"]
+
+
+class LongGPT(GPT):
+    """The same with four times the context, for what acts on the length of sequences."""
+
+    name = "gpt-long"
+    sizes: ClassVar[dict[str, Size]] = {
+        "smoke": replace(GPT.sizes["smoke"], batch=2, options={"length": 64, "held_out": 16}),
+        "cpu": replace(GPT.sizes["cpu"], steps=600, batch=4, options={"length": 512, "held_out": 128}),
+        "gpu": replace(GPT.sizes["gpu"], batch=16, options={"length": 2048, "held_out": 256}),
+    }

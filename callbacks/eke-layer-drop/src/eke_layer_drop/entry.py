@@ -1,0 +1,22 @@
+"""Tells the eke registry what this distribution provides."""
+
+from eke import Technique, hookimpl
+
+RECORD = Technique(
+    name="layer_drop",
+    kind="callback",
+    factory="eke_layer_drop:LayerDrop",
+    paper="https://arxiv.org/abs/2010.13369",
+    survey="2.1 Incremental learning, [97]",
+    effects=("changes activations",),
+    exactness="model-changing",
+    exceptions={
+        "test_accumulated_gradients_equal_the_big_batch": "Each micro-batch draws the blocks that it runs, so several "
+        "of them see other sub-networks than one big batch does.",
+    },
+)
+
+
+@hookimpl
+def eke_technique() -> Technique:
+    return RECORD
