@@ -14,7 +14,9 @@ ALL = pytest.mark.parametrize("name", workloads.NAMES)
 @pytest.fixture(autouse=True)
 def needs(request, monkeypatch, tmp_path_factory):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-    if {"vit", "mae"} & {getattr(request.node, "callspec", None) and request.node.callspec.params.get("name")}:
+    if {"vit", "vit-fine", "mae"} & {
+        getattr(request.node, "callspec", None) and request.node.callspec.params.get("name")
+    }:
         pytest.importorskip("mlxtend")
 
 
@@ -201,7 +203,7 @@ def test_pretraining_draws_none_of_the_runs_numbers(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "size", "said"),
     [
-        ("nothing", "smoke", "no workload 'nothing'. There are: gpt, gpt-long, finetune, mae, vit"),
+        ("nothing", "smoke", "no workload 'nothing'. There are: gpt, gpt-long, finetune, mae, vit, vit-fine"),
         ("a_module_that_is_not_there:Thing", "smoke", "does not load: No module named"),
         ("eke_bench.stats:Thing", "smoke", "eke_bench.stats holds no 'Thing'"),
     ],

@@ -16,6 +16,7 @@ NAMES = {
     "finetune": "eke_bench.workloads.finetune:Finetune",
     "mae": "eke_bench.workloads.mae:Masked",
     "vit": "eke_bench.workloads.vit:Digits",
+    "vit-fine": "eke_bench.workloads.vit:FineDigits",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any, ClassVar
 
@@ -141,6 +142,36 @@ class Digits(Workload):
 
     def tokens(self) -> int:
         return self.size.batch * (1 + (SIDE // self.size.options["patch"]) ** 2)
+
+
+class ConvViT(ViT):
+    """The same with a convolution that cuts the patches, as most Vision Transformers have it."""
+
+    def __init__(self, blocks: int, width: int, patch: int, lr: float, steps: int) -> None:
+        super().__init__(blocks, width, patch, lr, steps)
+        self.embed = nn.Conv2d(1, width, patch, stride=patch)
+        nn.init.normal_(self.embed.weight, std=0.02)
+
+    def forward(self, images: Tensor) -> Tensor:  # (batch, 1, 28, 28) to (batch, classes)
+        x = self.embed(images).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1) + self.position
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x[:, 0]))
+
+
+class FineDigits(Digits):
+    """The same images in small patches, for what acts on the number of tokens."""
+
+    name = "vit-fine"
+    sizes: ClassVar[dict[str, Size]] = {
+        "smoke": replace(Digits.sizes["smoke"], options={"patch": 7, "noise": 0.0}),
+        "cpu": replace(Digits.sizes["cpu"], steps=1200, options={"patch": 4, "noise": 0.0}),
+        "gpu": replace(Digits.sizes["gpu"], options={"patch": 2, "noise": 0.0}),
+    }
+
+    def model(self, shape: Mapping[str, int], lr: float, steps: int) -> Learner:
+        return ConvViT(**shape, patch=self.size.options["patch"], lr=lr, steps=steps)
 
 
 def noisy(classes: Tensor, share: float) -> Tensor:

@@ -6,13 +6,11 @@ NeurIPS 2022, https://arxiv.org/abs/2108.06084, section 4. Survey section 2.1.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
 from math import isfinite
 from typing import Any, ClassVar, Literal
 
-import torch
 from eke import Technique, TechniqueCallback
+from eke.seams import batch as batches
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -38,7 +36,7 @@ def length_at(step: float, duration: float, start: int, full: int, multiple: int
 def shorten(batch: Any, length: int) -> Any:
     """Cut every sequence of a batch, in whatever container, to its first ``length`` tokens."""
     full = sequence_length(batch)
-    return _each(batch, lambda tensor: _cut(tensor, full, length))
+    return batches.mapped(batch, lambda tensor: _cut(tensor, full, length))
 
 
 def split(batch: Any, length: int) -> Any:
@@ -48,7 +46,7 @@ def split(batch: Any, length: int) -> Any:
         ValueError: a tensor has one entry a sample, or an attention mask of pairs: neither can be split.
     """
     full = sequence_length(batch)
-    return _each(batch, lambda tensor: _rows(tensor, full, length))
+    return batches.mapped(batch, lambda tensor: _rows(tensor, full, length))
 
 
 def sequence_length(batch: Any) -> int:
@@ -57,7 +55,7 @@ def sequence_length(batch: Any) -> int:
     Raises:
         ValueError: there are none, or of several lengths.
     """
-    tensors = list(_tensors(batch))
+    tensors = list(batches.tensors(batch))
     lengths = {tensor.shape[1] for tensor in tensors if tensor.ndim == 2 and not tensor.is_floating_point()}
     if len(lengths) != 1:
         shapes = ", ".join(f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for tensor in tensors)
@@ -149,30 +147,3 @@ def _rows(tensor: Tensor, full: int, length: int) -> Tensor:
         )
     rows = full // length
     return tensor[:, : rows * length].reshape(tensor.shape[0] * rows, length, *tensor.shape[2:])
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for part in batch.values():
-            yield from _tensors(part)
-    elif isinstance(batch, (list, tuple)):
-        for part in batch:
-            yield from _tensors(part)
-
-
-def _each(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The batch with every tensor changed, in containers of the same kind."""
-    if isinstance(batch, torch.Tensor):
-        return change(batch)
-    if isinstance(batch, Mapping):
-        changed = copy.copy(batch)  # a tokenizer's own mapping stays one
-        for name, part in batch.items():
-            changed[name] = _each(part, change)
-        return changed
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_each(part, change) for part in batch))
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(_each(part, change) for part in batch)
-    return batch

@@ -1,0 +1,22 @@
+from eke.testing import TechniqueContract, TinyViT
+from eke_resolution import Resolution
+
+
+class TestContract(TechniqueContract):
+    model = TinyViT
+    shapes = (TinyViT,)
+    extra_calls = 30  # the seam around each step
+    arguments = {"start": 0.5, "hold": 0.2, "tail": 0.3}
+
+    def build(self):
+        return Resolution(0.5, hold=0.2, tail=0.3)
+
+    def idle(self):
+        return Resolution(1.0)
+
+
+class TestContractOfPatches(TestContract):
+    arguments = {"start": 0.5, "mode": "patches"}
+
+    def build(self):
+        return Resolution(0.5, mode="patches")

@@ -1,0 +1,24 @@
+"""Tells the eke registry what this distribution provides."""
+
+from eke import Technique, hookimpl
+
+RECORD = Technique(
+    name="token_drop",
+    kind="callback",
+    factory="eke_token_drop:TokenDrop",
+    paper="https://arxiv.org/abs/2212.00794",
+    survey="2.2 Data selection, token masking, [56]",
+    effects=("changes activations",),
+    exactness="model-changing",
+    exceptions={
+        "test_accumulated_gradients_equal_the_big_batch": "Each micro-batch draws the patches of its own samples, so "
+        "two of them draw others than one batch of twice the size.",
+        "test_two_processes_equal_one": "Each process draws the patches of its own samples, so two of them draw others "
+        "than one process does.",
+    },
+)
+
+
+@hookimpl
+def eke_technique() -> Technique:
+    return RECORD

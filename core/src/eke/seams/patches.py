@@ -1,0 +1,90 @@
+"""Where a model turns images into tokens: its patch embedding, its class token and its position embeddings.
+
+The trick it hides: libraries name these parts differently, but each cuts an image by one convolution whose stride is
+its kernel, puts a few tokens of its own in front, and adds a parameter with one row a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from eke.seams.blocks import BlocksError, find_blocks
+
+
+class PatchesError(ValueError):
+    """The patch embedding of a model is not to be found, or it is none that the technique can serve."""
+
+
+@dataclass(frozen=True)
+class PatchEmbedding:
+    """The convolution that cuts images into patches.
+
+    Attributes:
+        path: Dotted path of it in the module that was searched.
+        module: The convolution.
+        stem: Other convolutions that are not in the blocks either. With some, a token has seen more than its patch.
+    """
+
+    path: str
+    module: _ConvNd
+    stem: tuple[str, ...] = ()
+
+    @property
+    def patch(self) -> tuple[int, ...]:
+        """Height and width of a patch in pixels."""
+        return tuple(self.module.kernel_size)
+
+    def grid(self, images: Tensor) -> tuple[int, ...]:
+        """Patches along each side of images, (batch, channels, height, width)."""
+        return tuple(
+            (size - kernel) // stride + 1
+            for size, kernel, stride in zip(images.shape[2:], self.module.kernel_size, self.module.stride, strict=True)
+        )
+
+
+def find_patches(module: nn.Module, blocks: str | None = None) -> PatchEmbedding:
+    """Find the convolution that cuts images into patches: its stride is its kernel, and it is in none of the blocks.
+
+    Args:
+        module: A model, a LightningModule, or anything that holds one.
+        blocks: Dotted path of the list of blocks. The search goes from there outwards: of two towers, each its own.
+
+    Raises:
+        PatchesError: there is none, or there are several.
+        BlocksError: the blocks are not to be found.
+    """
+    found = find_blocks(module, blocks)
+    inside = {id(part) for block in found for part in block.modules()}
+    path = found.path
+    while True:
+        path = path.rpartition(".")[0]
+        around = module.get_submodule(path) if path else module
+        prefix = f"{path}." if path else ""
+        convolutions = {
+            prefix + name: part
+            for name, part in around.named_modules()
+            if isinstance(part, _ConvNd) and id(part) not in inside
+        }
+        if convolutions or not path:
+            break
+    cutting = [name for name, part in convolutions.items() if part.kernel_size == part.stride]
+    if len(cutting) != 1:
+        have = ", ".join(f"{name} {part.kernel_size}" for name, part in convolutions.items()) or "no convolution"
+        raise PatchesError(
+            f"{type(module).__name__} has {len(cutting)} convolutions that cut images into patches (stride and kernel "
+            f"alike) outside its blocks at {found.path!r}; it has {have}."
+        )
+    stem = tuple(name for name in convolutions if name != cutting[0])
+    return PatchEmbedding(cutting[0], convolutions[cutting[0]], stem)
+
+
+def relative_positions(module: nn.Module) -> tuple[str, ...]:
+    """Names of parameters and buffers that hold an entry for each pair of places, as Swin's and BEiT's do."""
+    named = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    return tuple(name for name in named if "relative_position" in name or "rel_pos" in name)
+
+
+__all__ = ["BlocksError", "PatchEmbedding", "PatchesError", "find_patches", "relative_positions"]

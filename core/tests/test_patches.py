@@ -1,0 +1,48 @@
+"""The finder of the patch embedding, on models with one tower, two towers, a stem and none."""
+
+import pytest
+import torch
+from eke.seams.patches import PatchesError, find_patches, relative_positions
+from eke.testing import TinyBlocks, TinyViT, hugging_face
+from torch import nn
+
+
+def test_one_convolution_is_found_with_its_patch_and_its_grid():
+    found = find_patches(TinyViT())
+    assert (found.path, found.patch, found.stem) == ("patch_embed", (2, 2), ())
+    assert found.grid(torch.zeros(1, 3, 8, 6)) == (4, 3)
+
+
+def test_hugging_face():
+    pytest.importorskip("transformers")
+    assert find_patches(hugging_face("vit")).path == "vit.embeddings.patch_embeddings.projection"
+
+
+def test_convolutions_in_blocks_do_not_count_and_a_stem_is_named():
+    model = TinyViT()
+    for block in model.blocks:
+        block.local = nn.Conv2d(16, 16, 2, stride=2)
+    model.stem = nn.Conv2d(3, 3, 3, padding=1)
+    assert find_patches(model).path == "patch_embed"
+    assert find_patches(model).stem == ("stem",)
+
+
+def test_of_two_towers_each_has_its_own():
+    model = nn.ModuleDict({"left": TinyViT(), "right": TinyViT()})
+    assert find_patches(model, "right.blocks").path == "right.patch_embed"
+
+
+def test_a_model_without_or_with_two_is_refused_by_what_it_has():
+    with pytest.raises(PatchesError, match="TinyBlocks has 0 convolutions that cut images .* it has no convolution"):
+        find_patches(TinyBlocks())
+    model = TinyViT()
+    model.depth_embed = nn.Conv2d(1, 16, 2, stride=2)
+    with pytest.raises(PatchesError, match=r"has 2 convolutions .* patch_embed \(2, 2\), depth_embed \(2, 2\)"):
+        find_patches(model)
+
+
+def test_tables_of_relative_positions_are_named():
+    model = nn.Module()
+    model.relative_position_bias_table = nn.Parameter(torch.zeros(3))
+    assert relative_positions(model) == ("relative_position_bias_table",)
+    assert relative_positions(TinyViT()) == ()
