@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from eke import Technique, TechniqueCallback
 from eke.seams import batch as batches
-from eke.seams.patches import PatchEmbedding, PatchesError, find_patches, relative_positions
+from eke.seams.patches import PatchEmbedding, PatchesError, find_images, find_patches, relative_positions
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
@@ -98,8 +98,8 @@ class Resolution(TechniqueCallback):
         blocks: Dotted path of the list of blocks. Needed where a model has more than one.
 
     Raises:
-        ValueError: shares outside their range; no patch embedding, or relative positions.
-        MisconfigurationException: a run of unknown length; a batch without images; no position embedding.
+        ValueError: shares outside their range; no patch embedding; relative positions; a batch without images.
+        MisconfigurationException: a run of unknown length; no position embedding.
     """
 
     technique: ClassVar[Technique] = RECORD
@@ -237,24 +237,6 @@ def _is_of_positions(tensor: Tensor, patches: int, width: int) -> bool:
     if tensor.ndim not in (2, 3) or tensor.shape[-1] != width or not tensor.is_floating_point():
         return False
     return 0 <= tensor.shape[-2] - patches <= _OWN and (tensor.ndim == 2 or tensor.shape[0] == 1)
-
-
-def find_images(batch: Any, channels: int) -> Tensor:
-    """The images of a batch, (batch, channels, height, width), in whatever container.
-
-    Raises:
-        MisconfigurationException: there are none, or several tensors that could be meant.
-    """
-    found = [
-        one for one in batches.tensors(batch) if one.ndim == 4 and one.shape[1] == channels and one.is_floating_point()
-    ]
-    if len(found) != 1:
-        shapes = ", ".join(str(tuple(one.shape)) for one in batches.tensors(batch))
-        raise MisconfigurationException(
-            f"The batch has {len(found)} tensors of images with {channels} channels; its shapes: {shapes}. Resolution "
-            "needs one, float, (batch, channels, height, width). Targets for each place, such as boxes, are not served."
-        )
-    return found[0]
 
 
 def _fewest(side: int, patch: int, wanted: float) -> int:

@@ -7,10 +7,12 @@ its kernel, puts a few tokens of its own in front, and adds a parameter with one
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from eke.seams import batch as batches
 from eke.seams.blocks import BlocksError, find_blocks
 
 
@@ -81,10 +83,28 @@ def find_patches(module: nn.Module, blocks: str | None = None) -> PatchEmbedding
     return PatchEmbedding(cutting[0], convolutions[cutting[0]], stem)
 
 
+def find_images(batch: Any, channels: int) -> Tensor:
+    """The images of a batch, (batch, channels, height, width), in whatever container.
+
+    Raises:
+        PatchesError: there are none, or several tensors that could be meant.
+    """
+    found = [
+        one for one in batches.tensors(batch) if one.ndim == 4 and one.shape[1] == channels and one.is_floating_point()
+    ]
+    if len(found) != 1:
+        shapes = ", ".join(str(tuple(one.shape)) for one in batches.tensors(batch))
+        raise PatchesError(
+            f"The batch has {len(found)} tensors of images with {channels} channels; its shapes: {shapes}. One is "
+            "needed, float, (batch, channels, height, width)."
+        )
+    return found[0]
+
+
 def relative_positions(module: nn.Module) -> tuple[str, ...]:
     """Names of parameters and buffers that hold an entry for each pair of places, as Swin's and BEiT's do."""
     named = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
     return tuple(name for name in named if "relative_position" in name or "rel_pos" in name)
 
 
-__all__ = ["BlocksError", "PatchEmbedding", "PatchesError", "find_patches", "relative_positions"]
+__all__ = ["BlocksError", "PatchEmbedding", "PatchesError", "find_images", "find_patches", "relative_positions"]
