@@ -71,6 +71,10 @@ class TechniqueCallback(Callback):
         """Change a training batch, once it is on the device."""
         return batch
 
+    def alter_eval_batch(self, batch: Any) -> Any:
+        """Change a batch of validation or testing, once it is on the device."""
+        return batch
+
     def around_step(self, call_next: Callable[..., Any], batch: Any, *args: Any) -> Any:
         """Act around ``training_step``; its value is the loss, or what the user returns."""
         return call_next(batch, *args)
@@ -240,6 +244,20 @@ class Coordinator(Callback):
 
         wrap(pl_module, "on_save_checkpoint", self._save)
         wrap(pl_module, "on_load_checkpoint", self._load)
+        batching, evaluating = self._overriding("alter_batch"), self._overriding("alter_eval_batch")
+        if (batching and stage == "fit") or evaluating:
+
+            def alter_batch(call_next: Callable[..., Any], batch: Any, *args: Any) -> Any:
+                batch = call_next(batch, *args)
+                if trainer.training:
+                    for technique in batching:
+                        batch = technique.alter_batch(batch)
+                elif not trainer.predicting:
+                    for technique in evaluating:
+                        batch = technique.alter_eval_batch(batch)
+                return batch
+
+            wrap(compat.batch_hook_owner(trainer, pl_module), "on_after_batch_transfer", alter_batch)
         if stage != "fit":
             return
         if optimizing := self._overriding("alter_optimizer"):
@@ -250,16 +268,6 @@ class Coordinator(Callback):
                 return optimizer
 
             wrap(pl_module, "configure_optimizers", lambda call_next: map_optimizers(call_next(), alter_optimizer))
-        if batching := self._overriding("alter_batch"):
-
-            def alter_batch(call_next: Callable[..., Any], batch: Any, *args: Any) -> Any:
-                batch = call_next(batch, *args)
-                if trainer.training:
-                    for technique in batching:
-                        batch = technique.alter_batch(batch)
-                return batch
-
-            wrap(compat.batch_hook_owner(trainer, pl_module), "on_after_batch_transfer", alter_batch)
         if stepping := self._overriding("around_step"):
             self._wrappers.append(Wrapper(pl_module, "training_step", [one.around_step for one in stepping]))
 

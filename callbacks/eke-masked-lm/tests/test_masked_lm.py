@@ -1,0 +1,305 @@
+"""What masking promises: the papers' shares, whole words, spans, MASS's own example, and a head that loses nothing."""
+
+from collections import UserDict, namedtuple
+
+import pytest
+import torch
+from eke.testing import TinyBlocks, fit, hugging_face
+from eke.testing.data import VOCABULARY, Tokens
+from eke_masked_lm import MASS, MaskedLM, choose_spans, choose_tokens, choose_words, corrupt, hide_span, words_of
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule
+from torch.nn import functional as F
+
+MASK, PAD, CLS = 103, 0, 101
+SIZE = 1000
+
+
+def numbers(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def text(rows=400, length=100, seed=1):
+    return torch.randint(200, SIZE, (rows, length), generator=numbers(seed))
+
+
+def test_each_sequence_hides_exactly_its_rounded_share_and_one_at_least():
+    candidates = torch.ones(3, 40, dtype=torch.bool)
+    candidates[1, 20:] = False
+    candidates[2, 1:] = False
+    hidden = choose_tokens(candidates, 0.15, numbers())
+    assert hidden.sum(1).tolist() == [6, 3, 1]
+    assert not (hidden & ~candidates).any()
+    assert choose_tokens(torch.zeros(2, 5, dtype=torch.bool), 0.15, numbers()).sum() == 0
+
+
+def test_every_place_is_hidden_equally_often_and_the_treatments_are_80_10_10():
+    ids = text(4000, 50)
+    hidden = choose_tokens(torch.ones_like(ids, dtype=torch.bool), 0.2, numbers())
+    assert (hidden.float().mean(0) - 0.2).abs().max() < 4 * (0.2 * 0.8 / 4000) ** 0.5
+    out = corrupt(ids, hidden, MASK, SIZE, numbers(2))
+    count = int(hidden.sum())
+    masked = (out == MASK)[hidden].float().mean()
+    same = (out == ids)[hidden].float().mean()  # a random token hits the right one once in 1000
+    error = 4 * (0.8 * 0.2 / count) ** 0.5
+    assert abs(masked - 0.8 - 0.1 / SIZE) < error
+    assert abs(same - 0.1 - 0.1 / SIZE) < error
+    assert torch.equal(out[~hidden], ids[~hidden])
+    assert (corrupt(ids, hidden, MASK, SIZE, numbers(2), 1.0, 0.0)[hidden] == MASK).all()
+
+
+def test_a_word_is_hidden_whole_or_not_at_all_and_no_word_exceeds_the_budget():
+    pieces = torch.zeros(SIZE, dtype=torch.bool)
+    pieces[600:] = True
+    ids = text(200, 60)
+    words = words_of(ids, pieces)
+    candidates = torch.ones_like(ids, dtype=torch.bool)
+    candidates[:, 50:] = False
+    hidden = choose_words(candidates, words, 0.3, numbers())
+    for row in range(200):
+        for word in range(int(words[row].max()) + 1):
+            tokens = (words[row] == word) & candidates[row]
+            assert len(set(hidden[row][tokens].tolist())) <= 1
+    assert (hidden.sum(1) <= 15).all()
+    assert hidden.sum(1).float().mean() > 14.5
+    assert not (hidden & ~candidates).any()
+
+
+def test_words_begin_where_a_token_does_not_go_on():
+    pieces = torch.tensor([False, False, True])
+    assert words_of(torch.tensor([[0, 2, 2, 1, 0, 2], [2, 0, 0, 2, 1, 1]]), pieces).tolist() == [
+        [0, 0, 0, 1, 2, 2],
+        [0, 0, 1, 1, 2, 3],
+    ]
+
+
+def test_spans_spend_the_budget_on_neighbours_that_get_one_treatment():
+    ids = text(300, 200)
+    hidden, spans = choose_spans(torch.ones_like(ids, dtype=torch.bool), 0.15, numbers())
+    assert (hidden.sum(1) == 30).all()
+    out = corrupt(ids, hidden, MASK, SIZE, numbers(3), groups=spans)
+    sizes = []
+    for row in range(300):
+        for number in spans[row].unique().tolist()[1:]:
+            places = (spans[row] == number).nonzero()[:, 0]
+            sizes.append(len(places))
+            assert (places.diff() == 1).all()
+            assert len(set((out[row, places] == MASK).tolist())) == 1
+    assert max(sizes) <= 10
+    # Geo(0.2) cut at 10 has mean (1 - 0.8^10) / 0.2 = 4.46; the last span of a sequence is cut to what is left
+    assert 3.3 < sum(sizes) / len(sizes) < 4.6
+
+
+def test_special_tokens_and_padding_are_never_hidden_and_labels_are_the_originals():
+    ids = text(50, 30)
+    ids[:, 0], ids[:, 25:] = CLS, PAD
+    mask = (ids != PAD).long()
+    batch = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    for unit in ("token", "span"):
+        out = MaskedLM(MASK, SIZE, special=[CLS, PAD], share=0.5, unit=unit).hide(batch, 0)
+        labels = out["labels"]
+        assert torch.equal(out["input_ids"][:, 0], ids[:, 0])
+        assert (out["input_ids"][:, 25:] == PAD).all()
+        assert (labels[:, 0] == -100).all()
+        assert torch.equal(labels[labels != -100], ids[labels != -100])
+        assert torch.equal(out["input_ids"][labels == -100], ids[labels == -100])
+        assert out["token_type_ids"] is batch["token_type_ids"]
+    assert torch.equal(batch["input_ids"], ids)  # the user's own batch is left alone
+
+
+Pair = namedtuple("Pair", ["ids", "labels"])
+
+
+def test_batches_keep_their_kind():
+    ids = text(2, 10)
+    one = MaskedLM(MASK, SIZE)
+    assert isinstance(one.hide(UserDict(input_ids=ids), 0), UserDict)
+    assert isinstance(one.hide(Pair(ids, ids), 0), Pair)
+    assert isinstance(one.hide([ids, ids, "name"], 0), list)
+    masked, labels = one.hide(ids, 0)
+    assert masked.shape == labels.shape == ids.shape
+    assert torch.equal(one.hide(ids, 5)[0], one.hide(ids, 5)[0])
+    assert not torch.equal(one.hide(ids, 5)[1], one.hide(ids, 6)[1])
+
+
+class Masked(LightningModule):
+    """A Hugging Face masked language model on the kit's tokens."""
+
+    dataset = Tokens
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = hugging_face("bert")
+        self.losses = []
+
+    def training_step(self, batch, batch_idx):
+        loss = self.model(input_ids=batch[0], labels=batch[1]).loss
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def test_a_sparse_head_has_the_loss_and_the_gradient_of_the_dense_one():
+    """Of Hugging Face's BERT with its own loss; the head runs on hidden positions only."""
+    pytest.importorskip("transformers")
+    rows = []
+
+    class Rows(Callback):
+        def on_train_start(self, trainer, model):
+            model.model.cls.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape))
+
+    runs = [
+        fit(Masked(), MaskedLM(VOCABULARY - 1, VOCABULARY, share=0.25, head=head), epochs=2, callbacks=[Rows()])
+        for head in (None, "model.cls")
+    ]
+    dense, sparse = ([weight for _, weight in sorted(run.state["weights"].items())] for run in runs)
+    assert runs[0].model.losses == pytest.approx(runs[1].model.losses, rel=1e-5)
+    assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(dense, sparse, strict=True))
+    half = len(rows) // 2
+    assert all(shape[1] == 8 for shape in rows[:half])
+    assert all(shape[:2] == (1, rows[0][0] * 2) for shape in rows[half:])  # a quarter of 8 tokens
+
+
+def test_validation_sees_the_same_masks_each_time_and_training_new_ones():
+    seen = {"train": [], "val": []}
+
+    class Look(TinyBlocks):
+        def training_step(self, batch, batch_idx):
+            seen["train"].append(batch[1].clone())
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            seen["val"].append(batch[1].clone())
+
+    fit(Look(), MaskedLM(VOCABULARY - 1, VOCABULARY), epochs=2, validate=True)
+    assert torch.equal(*[labels == -100 for labels in seen["val"][:2]])
+    assert (seen["val"][0] == -100).any()
+    assert not torch.equal(seen["train"][0] == -100, seen["train"][1] == -100)
+
+
+class Tokenizer:
+    """What a fast tokenizer tells of itself."""
+
+    mask_token_id, all_special_ids = 2, [0, 1, 2]
+
+    def __init__(self, names):
+        self.names = names
+
+    def __len__(self):
+        return len(self.names)
+
+    def convert_ids_to_tokens(self, ids):
+        return [self.names[number] for number in ids]
+
+
+def test_a_tokenizer_tells_which_tokens_go_on_with_a_word():
+    piece = MaskedLM.of(Tokenizer(["[PAD]", "[CLS]", "[MASK]", "play", "##ing", "##s"]), unit="word")
+    assert piece.continues == (4, 5)
+    assert piece.special == (0, 1, 2)
+    byte = MaskedLM.of(Tokenizer(["<pad>", "<s>", "<mask>", "Ġplay", "ing", "Ġthe"]))
+    assert byte.continues == (4,)
+    nameless = Tokenizer(["a"])
+    nameless.mask_token_id = None
+    with pytest.raises(ValueError, match="Tokenizer has no mask token. Add one"):
+        MaskedLM.of(nameless)
+
+
+def test_mass_is_the_papers_example():
+    """m = 8, u = 3, k = 4: the encoder sees x1 x2 M M M M x7 x8, the decoder gets x2 to x5 at places 2 to 5."""
+    x = torch.arange(11, 19)[None]
+    mass = MASS(MASK, SIZE, start_token=5, pad_token=PAD, masked=1.0, random=0.0)
+    seed = next(s for s in range(1000) if hide_span(torch.tensor([8]), 0.5, numbers(s))[0].item() == 2)
+    batch = mass.hide({"input_ids": x}, seed)
+    assert batch["input_ids"].tolist() == [[11, 12, MASK, MASK, MASK, MASK, 17, 18]]
+    assert batch["decoder_input_ids"].tolist() == [[12, 13, 14, 15]]
+    assert batch["decoder_position_ids"].tolist() == [[2, 3, 4, 5]]
+    assert batch["labels"].tolist() == [[13, 14, 15, 16]]
+
+
+def test_mass_at_the_beginning_starts_from_the_start_token_and_shorter_sequences_are_padded():
+    lengths = torch.tensor([8, 4])
+    ids = torch.arange(20, 36).view(2, 8)
+    seed = next(s for s in range(1000) if hide_span(lengths, 0.5, numbers(s))[0].tolist() == [0, 1])
+    mask = (torch.arange(8) < lengths[:, None]).long()
+    batch = MASS(MASK, SIZE, start_token=5, pad_token=PAD).hide({"input_ids": ids, "attention_mask": mask}, seed)
+    assert batch["decoder_input_ids"].tolist() == [[5, 20, 21, 22], [28, 29, PAD, PAD]]
+    assert batch["labels"].tolist() == [[20, 21, 22, 23], [29, 30, -100, -100]]
+    assert batch["decoder_position_ids"].tolist() == [[0, 1, 2, 3], [1, 2, 0, 0]]
+    assert batch["decoder_attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+
+
+def test_mass_begins_at_the_beginning_in_a_fifth_and_ends_at_the_end_in_a_fifth():
+    start, size = hide_span(torch.full((20_000,), 100), 0.5, numbers())
+    assert (size == 50).all()
+    first, last = ((start == end).float().mean() for end in (0, 50))
+    for share in (first, last):
+        assert abs(share - (0.2 + 0.6 / 51)) < 0.012
+    assert start.max() == 50
+
+
+def test_mass_trains_hugging_faces_t5_without_positions():
+    hf = pytest.importorskip("transformers")
+
+    class Translate(LightningModule):
+        dataset = Tokens
+
+        def __init__(self):
+            super().__init__()
+            size = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": VOCABULARY}
+            self.model = hf.T5ForConditionalGeneration(hf.T5Config(**size, decoder_start_token_id=0))
+
+        def training_step(self, batch, batch_idx):
+            assert batch["decoder_input_ids"].shape[1] == 4  # of 8
+            return self.model(**batch).loss
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    class Ids(Tokens):
+        def __getitem__(self, index):
+            return super().__getitem__(index)[0]
+
+    Translate.dataset = Ids
+    mass = MASS(VOCABULARY - 1, VOCABULARY, start_token=0, pad_token=0, positions=None)
+    losses = [step["loss"] for step in fit(Translate(), mass, epochs=6).state["steps"].values()]
+    assert sum(losses[-4:]) < sum(losses[:4])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"share": 0}, "share=0: give a share"),
+        ({"masked": 0.9, "random": 0.2}, "masked=0.9, random=0.2: give shares of those hidden"),
+        ({"unit": "sentence"}, "unit='sentence' is none of: token, word, span"),
+        ({"special": [1000]}, r"special=\(1000,\): give ids below vocabulary=1000"),
+    ],
+)
+def test_wrong_arguments_are_refused_at_once(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        MaskedLM(MASK, SIZE, **arguments)
+
+
+def test_batches_and_heads_that_it_cannot_serve_are_refused_with_the_reason():
+    with pytest.raises(MisconfigurationException, match=r"holds no token ids .* found Tensor \(2, 3, 4\)"):
+        MaskedLM(MASK, SIZE).hide(torch.zeros(2, 3, 4), 0)
+    with pytest.raises(MisconfigurationException, match="found NoneType"):
+        MaskedLM(MASK, SIZE).hide({"inputs": 3}, 0)
+    with pytest.raises(MisconfigurationException, match="does not know which tokens make a word"):
+        MaskedLM(MASK, SIZE, unit="word").hide(text(), 0)
+    with pytest.raises(ValueError, match="head='cls' is no module of TinyBlocks, whose parts are: embed, blocks, norm"):
+        fit(TinyBlocks(), MaskedLM(VOCABULARY - 1, VOCABULARY, head="cls"))
+    with pytest.raises(
+        MisconfigurationException, match=r"The head of MaskedLM gets \(\d+, 8\) and not hidden states of"
+    ):
+        fit(TinyBlocks(), MaskedLM(VOCABULARY - 1, VOCABULARY, head="embed"))
+
+
+def test_a_dense_loss_equals_the_mean_over_hidden_tokens():
+    logits, ids = torch.randn(2, 6, SIZE), text(2, 6)
+    out = MaskedLM(MASK, SIZE, share=0.5).hide((ids, ids), 0)[1]
+    hidden = out != -100
+    dense = F.cross_entropy(logits.flatten(0, 1), out.flatten())
+    torch.testing.assert_close(dense, F.cross_entropy(logits[hidden], ids[hidden]))

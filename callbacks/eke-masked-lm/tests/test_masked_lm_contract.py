@@ -1,0 +1,21 @@
+from eke.testing import TechniqueContract, TinyBlocks, TinyGPT2, TinyTransformer
+from eke.testing.data import VOCABULARY
+from eke_masked_lm import MaskedLM
+
+LAST = VOCABULARY - 1
+
+
+class TestContract(TechniqueContract):
+    shapes = (TinyBlocks, TinyTransformer, TinyGPT2)
+    arguments = {"mask_token": LAST, "vocabulary": VOCABULARY, "share": 0.4}
+
+    def build(self):
+        return MaskedLM(LAST, VOCABULARY, share=0.4)
+
+
+class TestContractOfSpansAndASparseHead(TestContract):
+    shapes = (TinyBlocks, TinyTransformer)
+    arguments = {"mask_token": LAST, "vocabulary": VOCABULARY, "unit": "span", "head": "head"}
+
+    def build(self):
+        return MaskedLM(LAST, VOCABULARY, share=0.4, unit="span", head="head")
