@@ -388,3 +388,13 @@ def test_the_gates_are_gone_after_the_run():
     )
     assert not model.patch_embed._forward_hooks
     assert not model.norm._forward_hooks
+
+
+def test_compiled_by_block_it_takes_few_graphs():
+    model = TinyViT()
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    fit(model, MAE(decoder_depth=1, decoder_heads=2), epochs=3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2

@@ -303,3 +303,13 @@ def test_a_dense_loss_equals_the_mean_over_hidden_tokens():
     hidden = out != -100
     dense = F.cross_entropy(logits.flatten(0, 1), out.flatten())
     torch.testing.assert_close(dense, F.cross_entropy(logits[hidden], ids[hidden]))
+
+
+def test_compiled_by_block_it_takes_few_graphs():
+    model = TinyBlocks()
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    fit(model, MaskedLM(VOCABULARY - 1, VOCABULARY, head="head"), epochs=3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

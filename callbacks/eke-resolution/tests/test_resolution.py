@@ -217,9 +217,7 @@ def test_models_and_batches_that_it_cannot_serve_are_refused_with_the_reason():
         fit(Stem(), Resolution())
     with pytest.raises(ValueError, match="0 convolutions that cut images"):
         fit(TinyBlocks(), Resolution())
-    with pytest.raises(
-        ValueError, match=r"has 2 tensors of images with 3 channels; its shapes: \(1, 3, "
-    ):
+    with pytest.raises(ValueError, match=r"has 2 tensors of images with 3 channels; its shapes: \(1, 3, "):
         find_images([torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8)], 3)
 
 
@@ -234,3 +232,13 @@ def test_models_and_batches_that_it_cannot_serve_are_refused_with_the_reason():
 def test_wrong_arguments_are_refused_at_once(arguments, said):
     with pytest.raises(ValueError, match=said):
         Resolution(**arguments)
+
+
+def test_compiled_by_block_it_takes_few_graphs():
+    model = TinyViT()
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    fit(model, Resolution(0.5), epochs=3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2

@@ -235,3 +235,13 @@ def test_the_patch_embedding_is_found_beside_a_stem_and_within_its_own_tower():
 def test_wrong_arguments_are_refused_at_once(arguments, said):
     with pytest.raises(ValueError, match=said):
         TokenDrop(**arguments)
+
+
+def test_compiled_by_block_it_takes_few_graphs():
+    model = TinyViT()
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    fit(model, TokenDrop(0.5, tail=0.3), epochs=3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4

@@ -12,6 +12,8 @@ RECORD = Technique(
     exactness="model-changing",
 )
 
+MODELS = ("TinyBlocks", "TinyTransformer", "TinyGPT2")  # of the kit's
+
 
 @hookimpl
 def eke_technique() -> Technique:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from eke import Technique, TechniqueCallback, compat
 from eke.seams import gate
-from eke.seams.blocks import find_blocks
+from eke.seams.blocks import Blocks, find_blocks
 from eke.seams.patches import PatchEmbedding, PatchesError, find_images, find_patches, relative_positions
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
@@ -143,7 +143,7 @@ class MAE(TechniqueCallback):
         self._module = pl_module
         pl_module.add_module(NAME, self.decoder)
         path = _common(embedding.path, found.path) if self.encoder is None else self.encoder
-        self._sight = Sight(pl_module.get_submodule(path) if path else pl_module, embedding, found.modules, path)
+        self._sight = Sight(pl_module.get_submodule(path) if path else pl_module, embedding, found, path)
 
     def restore_model(self, pl_module: LightningModule) -> None:
         if self._sight is not None:
@@ -265,10 +265,10 @@ class MAE(TechniqueCallback):
 class Sight:
     """Runs an encoder on images of which something is hidden, and gives the features behind its last block and norm."""
 
-    def __init__(self, encoder: nn.Module, embedding: PatchEmbedding, blocks: list[nn.Module], path: str) -> None:
+    def __init__(self, encoder: nn.Module, embedding: PatchEmbedding, blocks: Blocks, path: str) -> None:
         self.encoder, self.embedding, self.blocks, self.path = encoder, embedding, blocks, path
         self.seen: dict[str, Any] = {}  # what the hooks note of one call
-        gate.attach(blocks, RECORD.name)
+        self.gated: list[nn.Module] = []
         inside = {id(part) for block in blocks for part in block.modules()}
         norms = [part for part in encoder.modules() if "norm" in type(part).__name__.lower() and id(part) not in inside]
         self.hooks = [norm.register_forward_hook(partial(_note_norm, self.seen)) for norm in norms]
@@ -277,10 +277,13 @@ class Sight:
     def features(self, images: Tensor, hide: Keep | Cover) -> Tensor:
         """(batch, own + patches, width). The tokens of the model's own come first."""
         self.seen.update(hide=hide, blocks=None, norm=None, on=True)
-        transforms = [hide] if isinstance(hide, Keep) else []
-        gate.put(self.blocks[0], RECORD.name, *transforms)
-        last = gate.transforms(self.blocks[-1], RECORD.name)
-        gate.put(self.blocks[-1], RECORD.name, *last, gate.Edit(after=partial(_note_blocks, self.seen)))
+        first, last = self._ends()
+        note = Note(self.seen)
+        if first is last:
+            gate.put(first, RECORD.name, *([hide] if isinstance(hide, Keep) else []), note)
+        else:
+            gate.put(first, RECORD.name, *([hide] if isinstance(hide, Keep) else []))
+            gate.put(last, RECORD.name, note)
         try:
             self.encoder(images)
         except RuntimeError as error:
@@ -292,7 +295,7 @@ class Sight:
         finally:
             seen = dict(self.seen)
             self.seen.clear()  # a model that is copied between steps has no graph to copy
-            for block in (self.blocks[0], self.blocks[-1]):
+            for block in (first, last):
                 gate.put(block, RECORD.name)
         if seen["blocks"] is None:
             raise MisconfigurationException(
@@ -301,8 +304,18 @@ class Sight:
             )
         return seen["blocks"] if seen["norm"] is None else seen["norm"]
 
+    def _ends(self) -> tuple[nn.Module, nn.Module]:
+        """First and last block of the moment: another technique may have added some."""
+        blocks = list(self.blocks.container)
+        now = [blocks[0], blocks[-1]]
+        if not self.gated or any(new is not old for new, old in zip(now, self.gated, strict=True)):
+            gate.detach([old for old in self.gated if not any(old is new for new in now)], RECORD.name)
+            gate.attach(now, RECORD.name)
+            self.gated = now
+        return blocks[0], blocks[-1]
+
     def close(self) -> None:
-        gate.detach(self.blocks, RECORD.name)
+        gate.detach(self.gated, RECORD.name)
         for hook in self.hooks:
             hook.remove()
 
@@ -332,6 +345,20 @@ class Keep:
         return call_next(gate.gather_tokens(hidden, torch.cat([front, self.seen + own], dim=1)), args, kwargs)
 
 
+class Note:
+    """At the exit of the last block: notes what it gives, or what passes it by."""
+
+    rank = -1
+
+    def __init__(self, seen: dict[str, Any]) -> None:
+        self.seen = seen
+
+    def __call__(self, call_next: Any, hidden: Tensor, args: Any, kwargs: Any, form: gate.Form) -> Any:
+        output = call_next(hidden, args, kwargs)
+        self.seen["blocks"] = output[0] if isinstance(output, tuple) else output
+        return output
+
+
 class Cover:
     """In place of hidden patches the encoder gets a learned token, before it adds their positions.
 
@@ -350,11 +377,6 @@ def _cover(seen: dict[str, Any], module: nn.Module, args: Any, output: Tensor) -
         return None
     hidden = hide.hidden.view(len(output), 1, *output.shape[2:])
     return torch.where(hidden, hide.token.to(output.dtype)[:, None, None], output)
-
-
-def _note_blocks(seen: dict[str, Any], hidden: Tensor) -> Tensor:
-    seen["blocks"] = hidden
-    return hidden
 
 
 def _note_norm(seen: dict[str, Any], module: nn.Module, args: Any, output: Any) -> None:

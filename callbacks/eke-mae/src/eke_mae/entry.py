@@ -10,6 +10,10 @@ RECORD = Technique(
     survey="2.2 Data selection, token masking, [35]",
     effects=("changes module tree", "changes activations", "replaces loss"),
     needs=("automatic optimization",),
+    conflicts={
+        "token_drop": "both choose the patches that the encoder sees",
+        "token_merge": "the decoder has to know which patch each token is",
+    },
     exactness="model-changing",
     exceptions={
         "test_accumulated_gradients_equal_the_big_batch": "Each micro-batch draws the masks of its own images, so two "
@@ -24,6 +28,8 @@ RECORD = Technique(
         "one of zeros in a model that is compiled as a whole, so that weight decay moves it there.",
     },
 )
+
+MODELS = ("TinyViT",)  # of the kit's
 
 
 @hookimpl

@@ -20,6 +20,9 @@ RECORD = Technique(
     },
 )
 
+EXAMPLE = {"mask_token": 31, "vocabulary": 32}  # the kit's
+MODELS = ("TinyBlocks", "TinyTransformer", "TinyGPT2")
+
 
 @hookimpl
 def eke_technique() -> Technique:

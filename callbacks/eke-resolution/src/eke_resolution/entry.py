@@ -12,6 +12,8 @@ RECORD = Technique(
     exactness="model-changing",
 )
 
+MODELS = ("TinyViT",)  # of the kit's
+
 
 @hookimpl
 def eke_technique() -> Technique:

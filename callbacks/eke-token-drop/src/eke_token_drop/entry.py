@@ -18,6 +18,8 @@ RECORD = Technique(
     },
 )
 
+MODELS = ("TinyViT",)  # of the kit's
+
 
 @hookimpl
 def eke_technique() -> Technique:

@@ -77,6 +77,20 @@ class Attention:
     module: nn.Module
     kind: Literal["torch", "fused", "separate", "named"]
 
+    def projection(self, of: Literal["q", "k", "v"]) -> nn.Module:
+        """The linear map that gives queries, keys or values; where one gives all three in this order, that one.
+
+        Raises:
+            BlocksError: attention of another kind than "fused" and "separate" has none that could be named.
+        """
+        pattern = {"fused": _FUSED, "separate": _NAMES[of]}.get(self.kind)
+        for name, child in self.module.named_children():
+            if pattern is not None and pattern.fullmatch(name) and _is_projection(child):
+                return child
+        raise BlocksError(
+            f"The attention at {self.path!r}, a {type(self.module).__name__}, has no projection for {of!r}."
+        )
+
 
 def find_blocks(module: nn.Module, path: str | None = None) -> Blocks:
     """Find the repeated blocks of a Transformer.

@@ -11,7 +11,7 @@ from eke.testing import run
 from eke.testing.checks import REFUSALS, comparable
 from eke.testing.compare import assert_same
 from eke.testing.data import shuffled
-from eke.testing.models import TinyBlocks, TinyModel
+from eke.testing.models import SHAPES, TinyBlocks, TinyModel
 from eke.testing.ranks import run_alone
 
 AFTER_STEPS = 6  # of 12: in the middle of the second epoch
@@ -25,6 +25,14 @@ def build_example(name: str) -> Any:
     """
     arguments = getattr(registry.available()[name].load(), "EXAMPLE", {})
     return eke.create(name, **arguments)
+
+
+def example_model(*names: str) -> type[TinyModel] | None:
+    """The first of the kit's models that all of these techniques train, as their entry modules say it by ``MODELS``:
+    names of classes, ``MODELS = ("TinyViT",)``, all of them where nothing is said. None where they have none in common.
+    """
+    served = [getattr(registry.available()[name].load(), "MODELS", None) for name in names]
+    return next((one for one in SHAPES if all(some is None or one.__name__ in some for some in served)), None)
 
 
 def check_pair(

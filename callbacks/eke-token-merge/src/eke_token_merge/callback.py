@@ -1,0 +1,342 @@
+"""Token merging: each block of a Vision Transformer joins the patches whose keys are most alike and hands on fewer.
+
+Source: Bolya, Fu, Dai, Zhang, Feichtenhofer, Hoffman, "Token Merging: Your ViT But Faster", ICLR 2023,
+https://arxiv.org/abs/2210.09461, section 3. Survey section 2.2.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from math import isfinite
+from typing import Any, ClassVar
+
+import torch
+from eke import Technique, TechniqueCallback
+from eke.seams import gate
+from eke.seams.blocks import Attention, Blocks, find_attention, find_blocks
+from eke.seams.patches import PatchesError, find_patches, relative_positions
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from eke_token_merge.entry import RECORD
+
+_PARAMETERS = {  # of the two functions that attention goes through
+    F.scaled_dot_product_attention: ("query", "key", "value", "attn_mask", "dropout_p", "is_causal"),
+    F.multi_head_attention_forward: tuple(inspect.signature(F.multi_head_attention_forward).parameters),
+}
+_HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads", "heads")
+
+
+def match(keys: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which tokens are joined: bipartite soft matching.
+
+    Tokens at even places may go into tokens at odd places; each into the one whose key is most alike, by the cosine.
+    The ``count`` most alike pairs are taken.
+
+    Args:
+        keys: (batch, tokens, size).
+        count: At most half of the tokens, rounded down.
+
+    Returns:
+        Even tokens that stay, rising, (batch, even - count); even tokens that go, (batch, count); and the odd ones they
+        go into, likewise: numbers among the even and the odd tokens.
+
+    Source:
+        Bolya et al. 2023, section 3, and appendix D.
+    """
+    keys = F.normalize(keys.float(), dim=-1)
+    alike, best = (keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)).max(-1)
+    order = alike.argsort(dim=1, descending=True, stable=True)
+    goes = order[:, :count]
+    return order[:, count:].sort(1).values, goes, best.gather(1, goes)
+
+
+def merge(tokens: Tensor, sizes: Tensor, stays: Tensor, goes: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
+    """Join tokens as :func:`match` says, each the mean of what it stands for.
+
+    Args:
+        tokens, sizes: (batch, tokens, width), and how many patches each stands for, (batch, tokens).
+        stays, goes, into: From :func:`match`.
+
+    Returns:
+        The even tokens that stay, then all odd ones, and their sizes.
+    """
+    weighted = tokens * sizes[..., None].to(tokens.dtype)
+    even, odd = weighted[:, ::2], weighted[:, 1::2]
+    wide = partial(_wide, width=tokens.shape[-1])
+    joined = torch.cat([even.gather(1, wide(stays)), odd.scatter_add(1, wide(into), even.gather(1, wide(goes)))], dim=1)
+    even, odd = sizes[:, ::2], sizes[:, 1::2]
+    sizes = torch.cat([even.gather(1, stays), odd.scatter_add(1, into, even.gather(1, goes))], dim=1)
+    return joined / sizes[..., None].to(tokens.dtype), sizes
+
+
+def _wide(index: Tensor, width: int) -> Tensor:
+    return index[..., None].expand(-1, -1, width)
+
+
+class TokenMerge(TechniqueCallback):
+    """Join ``count`` patches a block while training. Attention counts a joined patch as often as it stands for patches.
+
+    Example::
+
+        trainer = Trainer(max_epochs=90, callbacks=[TokenMerge(8)])
+
+    Args:
+        count: Patches that each block joins into others. At most half of those that are left.
+        tail: Share of the run, at its end, in which nothing is merged.
+        proportional: Add the logarithm of a token's size to the attention that it gets.
+        evaluate: Merge in validation, testing and prediction, too. Otherwise they see all patches.
+        prefix: Tokens of the model's own in front of the patches. By default found, see :mod:`eke.seams.patches`.
+        blocks: Dotted path of the list of blocks. Needed where a model has more than one.
+
+    Raises:
+        ValueError: wrong numbers; no patch embedding, without ``prefix``; relative positions; blocks without attention.
+        MisconfigurationException: a run of unknown length with a tail; causal attention; attention that does not go
+            through ``scaled_dot_product_attention``, with ``proportional``; compiled blocks; activation checkpointing.
+    """
+
+    technique: ClassVar[Technique] = RECORD
+
+    def __init__(
+        self,
+        count: int = 8,
+        *,
+        tail: float = 0.0,
+        proportional: bool = True,
+        evaluate: bool = False,
+        prefix: int | None = None,
+        blocks: str | None = None,
+    ) -> None:
+        if count < 0 or count != int(count):
+            raise ValueError(f"count={count}: give a number of patches that each block joins, 0 or more.")
+        if not 0 <= tail <= 1:
+            raise ValueError(f"tail={tail}: give a share of the run.")
+        if prefix is not None and prefix < 0:
+            raise ValueError(f"prefix={prefix}: give 0 or more tokens.")
+        self.count, self.tail, self.proportional, self.evaluate = count, tail, proportional, evaluate
+        self.prefix, self.blocks = prefix, blocks
+        self._found: Blocks | None = None
+        self._gated: list[nn.Module] = []
+        self._hooks: list[Any] = []
+        self._state: dict[str, Any] = {}
+        self._total = float("inf")
+        self._merges = False
+
+    def alter_model(self, pl_module: LightningModule) -> None:
+        self._found = find_blocks(pl_module, self.blocks)
+        if pairs := relative_positions(self._found.container):
+            raise PatchesError(
+                f"The blocks at {self._found.path!r} hold relative positions ({pairs[0]}), for all tokens in their "
+                "places: none can be merged. TokenMerge serves blocks without, such as ViT's."
+            )
+        if self.prefix is None and not self._hooks:
+            try:
+                embedding = find_patches(pl_module, self.blocks)
+            except PatchesError as error:
+                raise PatchesError(f"{error} Say how many tokens precede the patches: TokenMerge(prefix=1).") from None
+            self._hooks.append(embedding.module.register_forward_hook(partial(_count, self._state)))
+        for block in self._found:
+            if not any(attention.kind != "named" for attention in find_attention(block)):
+                raise PatchesError(
+                    f"A {type(block).__name__} has no attention whose keys are to be found; TokenMerge compares them."
+                )
+        if self.evaluate and pl_module.trainer.state.fn != "fit":
+            self._switch(True)
+
+    def restore_model(self, pl_module: LightningModule) -> None:
+        self._switch(False)
+        for hook in self._hooks:
+            hook.remove()
+        gate.detach(self._gated, RECORD.name)
+        self._hooks, self._gated = [], []
+        self._state.clear()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._total = trainer.estimated_stepping_batches
+        if self.tail > 0 and not isfinite(self._total):
+            raise MisconfigurationException(
+                f"TokenMerge(tail={self.tail}) goes by the length of the run, which is not known. Give "
+                "Trainer(max_steps=...), or tail=0."
+            )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        merges = self.count > 0 and (self.tail == 0 or self.clock.steps / self._total < 1 - self.tail)
+        if merges or self._merges:
+            self._switch(merges)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._merges and not self.evaluate:
+            self._open()
+
+    def step_kind(self) -> str:
+        return f"{self._state.get('left', 0)} patches at the end" if self._merges else "all patches"
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy meets its model anew
+        return {**super().__getstate__(), "_found": None, "_gated": [], "_hooks": [], "_state": {}, "_merges": False}
+
+    def _switch(self, merges: bool) -> None:
+        self._merges = merges
+        if not merges:
+            self._open()
+            return
+        now = list(self._found.container)
+        if len(now) != len(self._gated) or any(new is not old for new, old in zip(now, self._gated, strict=True)):
+            gate.detach(self._gated, RECORD.name)
+            gate.attach(now, RECORD.name)
+            self._gated = now
+        for number, block in enumerate(now):
+            gate.put(block, RECORD.name, Merge(self, block, first=number == 0))
+
+    def _open(self) -> None:
+        for block in self._gated:
+            gate.put(block, RECORD.name)
+
+
+class Merge:
+    """Runs a block, notes its keys, and joins what it gives."""
+
+    rank = -1  # outside a gate that skips the block
+
+    def __init__(self, owner: TokenMerge, block: nn.Module, first: bool) -> None:
+        self.count, self.proportional, self.prefix = owner.count, owner.proportional, owner.prefix
+        self.first, self.state = first, owner._state
+        self.attention = next(one for one in find_attention(block) if one.kind != "named")
+        self.compiled = getattr(block, "_compiled_call_impl", None) is not None
+        self.recomputed = getattr(block, "gradient_checkpointing", False)  # Hugging Face's
+
+    def __call__(self, call_next: Any, hidden: Tensor, args: Any, kwargs: Any, form: gate.Form) -> Any:
+        state = self.state
+        self._check(hidden, args, kwargs)
+        if self.first:
+            own = hidden.shape[1] - state["patches"] if self.prefix is None else self.prefix
+            if not 0 <= own < hidden.shape[1]:
+                raise MisconfigurationException(
+                    f"The first block gets {hidden.shape[1]} tokens, and {state.get('patches')} patches are cut: "
+                    "say how many tokens of its own come first: TokenMerge(prefix=1)."
+                )
+            state.update(own=own, sizes=torch.ones(hidden.shape[:2], device=hidden.device))
+        with Watch(self.attention, state["sizes"] if self.proportional else None) as watch:
+            output = call_next(hidden, args, kwargs)
+        own, sizes = state["own"], state["sizes"]
+        count = min(self.count, (hidden.shape[1] - own) // 2)
+        if count and watch.keys is not None:  # None: another technique skipped the block
+            tokens = output[0] if isinstance(output, tuple) else output
+            chosen = match(watch.keys[:, own:].detach(), count)
+            joined, grown = merge(tokens[:, own:], sizes[:, own:], *chosen)
+            state["sizes"] = torch.cat([sizes[:, :own], grown], dim=1)
+            tokens = torch.cat([tokens[:, :own], joined], dim=1)
+            output = (tokens, *output[1:]) if isinstance(output, tuple) else tokens
+        state["left"] = state["sizes"].shape[1] - own
+        return output
+
+    def _check(self, hidden: Tensor, args: Any, kwargs: Any) -> None:
+        if self.compiled or torch.compiler.is_compiling():
+            raise MisconfigurationException(
+                "TokenMerge looks into the attention while it runs, which compiled code does not let it. Leave "
+                "torch.compile or the technique out."
+            )
+        if self.recomputed or torch._C._current_graph_task_id() != -1:
+            raise MisconfigurationException(_RECOMPUTED)
+        if hidden.ndim != 3:
+            raise MisconfigurationException(
+                f"TokenMerge met hidden states of shape {tuple(hidden.shape)} and needs (batch, length, width)."
+            )
+        for value in (*args, *kwargs.values()):
+            for part in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(part, Tensor) and {hidden.shape[1], self.state.get("patches", -1)} & set(part.shape):
+                    raise MisconfigurationException(
+                        f"The blocks also get an input of shape {tuple(part.shape)}, one entry a token. TokenMerge "
+                        "serves models that add their positions before the blocks and take no mask."
+                    )
+
+
+_RECOMPUTED = (
+    "The block is run again in the backward pass (activation checkpointing): it would not see the tokens that it saw. "
+    "Switch that off, or leave TokenMerge out."
+)
+
+
+class Watch(TorchFunctionMode):
+    """Notes the keys of one attention, and lets it count each token by its size.
+
+    Args:
+        attention: As found in the block.
+        sizes: (batch, tokens), or None for attention as it is.
+    """
+
+    def __init__(self, attention: Attention, sizes: Tensor | None) -> None:
+        super().__init__()
+        self.attention, self.bias = attention, None if sizes is None else sizes.log()
+        self.keys: Tensor | None = None  # (batch, tokens, size), the mean over heads
+        self.weighed = False
+        self.hook: Any = None
+
+    def __enter__(self) -> Watch:
+        module = self.attention.module
+        if self.attention.kind == "torch":
+            self.hook = module.register_forward_pre_hook(self._of_torch, with_kwargs=True)
+        else:
+            self.hook = self.attention.projection("k").register_forward_hook(self._of_projection)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.hook.remove()
+        if error[0] is None and self.keys is not None and self.bias is not None and not self.weighed:
+            raise MisconfigurationException(
+                f"The attention at {self.attention.path!r} does not go through scaled_dot_product_attention, so that "
+                "tokens cannot be weighed by their size. Choose that implementation (attn_implementation='sdpa'), or "
+                "TokenMerge(proportional=False)."
+            )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        bound = _PARAMETERS.get(func)
+        if bound is None:
+            return func(*args, **(kwargs or {}))
+        given = {**dict(zip(bound, args, strict=False)), **(kwargs or {})}
+        if given.get("is_causal"):
+            raise MisconfigurationException(
+                "The attention is causal: a token that is merged with a later one would see the future. TokenMerge "
+                "serves Vision Transformers."
+            )
+        if func is F.scaled_dot_product_attention:
+            self._weigh(given, "attn_mask", given["key"].shape[-2], given["query"].dtype, (slice(None), None, None))
+        else:  # nn.MultiheadAttention's: a mask of floats over its keys is added to what each query gives
+            self._weigh(given, "key_padding_mask", given["key"].shape[0], given["query"].dtype, ())
+        return func(**given)
+
+    def _weigh(self, given: dict[str, Any], name: str, keys: int, dtype: torch.dtype, at: tuple[Any, ...]) -> None:
+        if self.bias is None or keys != self.bias.shape[1]:
+            return
+        bias, mask = self.bias[at].to(dtype), given.get(name)
+        if mask is not None and mask.dtype == torch.bool:
+            raise MisconfigurationException("The attention gets a mask. TokenMerge serves models that take none.")
+        given[name] = bias if mask is None else mask + bias
+        self.weighed = True
+
+    def _of_projection(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        keys = output.chunk(3, dim=-1)[1] if self.attention.kind == "fused" else output
+        self.keys = self._mean(keys)
+
+    def _of_torch(self, module: nn.MultiheadAttention, args: Any, kwargs: Any) -> None:
+        source = kwargs.get("key", args[1] if len(args) > 1 else None)
+        width = module.embed_dim
+        bias = None if module.in_proj_bias is None else module.in_proj_bias[width : 2 * width]
+        with torch.no_grad():
+            keys = F.linear(source, module.in_proj_weight[width : 2 * width], bias)
+        self.keys = self._mean(keys if module.batch_first else keys.transpose(0, 1))
+
+    def _mean(self, keys: Tensor) -> Tensor:
+        module = self.attention.module
+        heads = next((getattr(module, name) for name in _HEADS if hasattr(module, name)), 1)
+        return keys.unflatten(-1, (heads, -1)).mean(2)
+
+
+def _count(state: dict[str, Any], module: Any, args: Any, output: Tensor) -> None:
+    state["patches"] = output.shape[2:].numel()
