@@ -56,7 +56,8 @@ class MAE(TechniqueCallback):
         duration: How long it pretrains: a share of the run up to 1, or a number of optimizer steps. Then the user's own
             step takes over, on all patches.
         decoder_width: Of the decoder of ``"mae"``, a multiple of 4. By default half of the encoder's.
-        decoder_depth, decoder_heads: Blocks of it, and their heads.
+        decoder_depth: Blocks of it.
+        decoder_heads: Heads of each; its width is a multiple of them.
         normalize: For ``"mae"``: the pixels of each patch with mean 0 and variance 1.
         tokenizer: For ``"beit"``: images to visual words, (batch, patches) or (batch, rows, columns), int64.
         classes: For ``"beit"``: how many visual words there are.

@@ -90,7 +90,8 @@ class MaskedLM(Masking):
         special: Ids that are never hidden: class, separator, padding.
         share: Of the tokens that are hidden: exactly its rounded number in each sequence, and one at least.
         unit: ``"token"``; ``"word"``: all tokens of a word or none; ``"span"``: a few neighbours at a time.
-        masked, random: Of the hidden tokens, replaced by the mask token and by a random one. The rest stays.
+        masked: Share of the hidden tokens that becomes the mask token.
+        random: Share of them that becomes a random one. The rest stays.
         continues: For ``"word"``: ids of tokens that go on with the word before. Or give ``word_ids``, (batch,
             length), in the batch.
         head: Dotted path of the prediction head. It then runs on the hidden positions alone, on (1, hidden, width), and

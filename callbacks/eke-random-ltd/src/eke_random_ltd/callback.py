@@ -87,7 +87,7 @@ class RandomLTD(TechniqueCallback):
 
     Example::
 
-        trainer = Trainer(max_steps=10_000, callbacks=[RandomLTD(start=0.5)])
+        trainer = Trainer(max_steps=10_000, callbacks=[RandomLTD(start=0.25)])
 
     Args:
         start: Tokens on which a middle block runs at the first step: a share up to 1, or a number above 1.
@@ -104,7 +104,7 @@ class RandomLTD(TechniqueCallback):
     technique: ClassVar[Technique] = RECORD
 
     def __init__(
-        self, start: float = 0.5, *, duration: float = 0.7, multiple: int = 8, blocks: str | None = None
+        self, start: float = 0.25, *, duration: float = 0.7, multiple: int = 8, blocks: str | None = None
     ) -> None:
         if start <= 0 or (start > 1 and start != int(start)):
             raise ValueError(f"start={start}: give a share of the tokens up to 1, or a whole number of them.")
