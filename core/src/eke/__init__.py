@@ -12,9 +12,11 @@ from eke.registry import available, create, get, trainer_kwargs
 from eke.spec import ConflictError, EkeError, NoEffectWarning, Technique, hookimpl
 
 if TYPE_CHECKING:
+    from eke.seams.losses import reduce_loss
     from eke.technique import TechniqueCallback, TechniqueStrategy, load_from_checkpoint, techniques
 
 _LAZY = dict.fromkeys(("TechniqueCallback", "TechniqueStrategy", "load_from_checkpoint", "techniques"), "eke.technique")
+_LAZY["reduce_loss"] = "eke.seams.losses"
 
 __all__ = [
     "ConflictError",
@@ -28,6 +30,7 @@ __all__ = [
     "get",
     "hookimpl",
     "load_from_checkpoint",
+    "reduce_loss",
     "techniques",
     "trainer_kwargs",
 ]

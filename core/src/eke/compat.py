@@ -24,6 +24,7 @@ __all__ = [
     "leave_out_of_ddp",
     "parse_optimizers",
     "saves_sharded",
+    "set_epoch_length",
 ]
 
 
@@ -103,6 +104,16 @@ def leave_finished_epoch(trainer: Trainer) -> None:
         loop._restarting = False  # the public setter keeps it True whenever max_steps is given
         loop.epoch_loop.restarting = False
         loop.reset_restart_stage()
+
+
+def set_epoch_length(trainer: Trainer, batches: int) -> None:
+    """Tell Lightning how many batches the epoch that begins has: for validation and progress it keeps the first's."""
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    trainer.fit_loop.max_batches = batches
+    interval = trainer.val_check_interval
+    if trainer.val_check_batch is not None and isinstance(interval, float) and trainer.val_check_batch != float("inf"):
+        trainer.val_check_batch = max(1, int(batches * interval))
 
 
 def batch_hook_owner(trainer: Trainer, pl_module: LightningModule) -> object:

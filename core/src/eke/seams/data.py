@@ -225,6 +225,8 @@ class IndexTap:
         if loader.batch_sampler is None:
             raise ValueError("The loader has no batch sampler, so its samples have no indices.")
         self._batches: deque[list[int]] = deque()
+        self._passed = 0  # batches of the running epoch that were asked for or passed over
+        self._last: list[int] = []
         self._sampler = loader.batch_sampler
         self._class = type(loader.batch_sampler)
         tap = self
@@ -232,6 +234,7 @@ class IndexTap:
         class Tapped(self._class):
             def __iter__(self) -> Iterator[list[int]]:
                 tap._batches.clear()  # a new iterator: what was read ahead of the old one is void
+                tap._passed = 0
                 for batch in super().__iter__():
                     tap._batches.append(list(batch))
                     yield batch
@@ -240,6 +243,13 @@ class IndexTap:
 
     def next_indices(self) -> list[int]:
         return self._batches.popleft()
+
+    def at(self, batch_idx: int) -> list[int]:
+        """The indices of a batch by its number in the epoch; earlier ones are forgotten, as after a resume."""
+        while self._passed <= batch_idx:
+            self._last = self._batches.popleft()
+            self._passed += 1
+        return self._last
 
     def skip(self, batches: int) -> None:
         """Forget the batches that a resume has passed over."""

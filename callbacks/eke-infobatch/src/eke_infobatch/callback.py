@@ -1,0 +1,173 @@
+"""InfoBatch: each epoch leaves out some of the samples whose loss is below the mean, and weighs up the others of them.
+
+Source: Qin, Wang, Zheng, Gu, Peng, Xu, Zhou, Shang, Sun, Xie, You, "InfoBatch: Lossless Training Speed Up by Unbiased
+Dynamic Data Pruning", ICLR 2024, https://arxiv.org/abs/2303.04947, section 2. Survey section 2.2.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from eke import Technique, TechniqueCallback, compat
+from eke.seams.losses import hearing
+from eke.seams.samples import Samples, all_ranks, keep_pace
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from eke_infobatch.entry import RECORD
+
+
+def plan_epoch(scores: Tensor, seen: Tensor, ratio: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Which samples an epoch sees, and with which weight.
+
+    Of the samples with a score below the mean, a random ``round(ratio * number)`` are left out; the others of them get
+    the weight that makes up for those: all of them over those that stay. The weights add up to the number of samples.
+
+    Args:
+        scores: Each sample's last loss, (samples,), float64.
+        seen: Which samples have one, bool. The others are kept as they are.
+        ratio: Share that is left out.
+        generator: Of the draw.
+
+    Returns:
+        Numbers of the samples that stay, rising, and a weight for every sample, 0 for one that is left out.
+
+    Source:
+        Qin et al. 2024, equations 2 and 3. The authors' code weighs by ``1 / (1 - ratio)``, which rounding makes wrong.
+    """
+    weights = torch.ones_like(scores)
+    if seen.any():
+        mean = scores[seen].mean()
+        # By more than rounding: the mean of equal scores may lie above each of them, and all would count as learned.
+        low = ((scores < mean - 1e-9 * mean.abs()) & seen).nonzero()[:, 0]
+        dropped = round(ratio * len(low))
+        if 0 < dropped < len(low):
+            weights[low] = len(low) / (len(low) - dropped)
+            weights[low[torch.randperm(len(low), generator=generator)[:dropped]]] = 0
+    return (weights > 0).nonzero()[:, 0], weights
+
+
+class InfoBatch(TechniqueCallback):
+    """Train on fewer samples an epoch; the expected gradient stays that of all of them.
+
+    Losses of single samples are heard from ``eke.reduce_loss(losses)`` in ``training_step``, or from its one plain
+    ``cross_entropy``.
+
+    Example::
+
+        trainer = Trainer(max_epochs=100, callbacks=[InfoBatch()])
+
+    Args:
+        ratio: Share of the well-learned samples that an epoch leaves out.
+        start: Epochs at the beginning that see all samples: as many as losses need to mean something, one at least.
+        anneal: Share of the run, at the end, that sees all samples.
+        keep_pace: Learning rates that go by steps follow the epochs, and come to their end although there are
+            fewer steps. Not in a run of ``max_steps``, which has as many as it would have.
+
+    Raises:
+        ValueError: numbers outside their range; losses that cannot be followed back to the samples.
+        MisconfigurationException: a run without an end.
+        SamplesError: data without numbers: iterable datasets, several loaders.
+    """
+
+    technique: ClassVar[Technique] = RECORD
+
+    def __init__(self, ratio: float = 0.5, *, start: int = 1, anneal: float = 0.125, keep_pace: bool = True) -> None:
+        if not 0 <= ratio < 1:
+            raise ValueError(f"ratio={ratio}: give a share of the well-learned samples below 1.")
+        if start < 1 or start != int(start):
+            raise ValueError(f"start={start}: give epochs that see all samples, 1 or more.")
+        if not 0 <= anneal <= 1:
+            raise ValueError(f"anneal={anneal}: give a share of the run.")
+        self.ratio, self.start, self.anneal, self.keep_pace = ratio, start, anneal, keep_pace
+        self._reset()
+
+    def _reset(self) -> None:
+        self._trainer: Trainer | None = None
+        self._samples = Samples()
+        self._planned = -1  # the epoch that samples and weights are for
+        self._scores = self._seen = self._weights = torch.zeros(0)
+        self._heard: list[tuple[Tensor, Tensor]] = []  # of this process, since the epoch began
+        self._batch_idx = 0
+
+    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            return
+        self._reset()  # a new run; one that goes on gets its state back after this
+        self._trainer = trainer
+
+    def alter_loader(self, loader: Any) -> Any:
+        if self.ratio == 0:
+            return loader
+        loader = self._samples.attach(self._trainer, loader)
+        if not len(self._scores):
+            self._scores = torch.zeros(self._samples.count, dtype=torch.float64)
+            self._seen = torch.zeros(self._samples.count, dtype=torch.bool)
+            self._plan(0)
+        return loader
+
+    def restore_model(self, pl_module: LightningModule) -> None:
+        self._samples.detach()
+        self._trainer = None
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.ratio:
+            compat.set_epoch_length(trainer, self._samples.batches)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._batch_idx = batch_idx
+
+    def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
+        if self.ratio == 0:
+            return call_next(batch, *args)
+        numbers = self._samples.batch(self._batch_idx)
+        weights = self._weights[numbers].float()
+        with hearing(len(numbers), lambda losses: None if bool((weights == 1).all()) else weights) as heard:
+            output = call_next(batch, *args)
+        self._heard.append((numbers, heard.check()))
+        return output
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.ratio and self.keep_pace and trainer.max_steps < 1:
+            keep_pace(trainer, self._samples, batch_idx)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Here, and not where the next epoch begins: a checkpoint of the epoch's end has to hold the next one's samples.
+        if self.ratio:
+            numbers, losses = all_ranks(trainer, *_joined(self._heard))
+            self._scores[numbers], self._seen[numbers] = losses.double(), True
+            self._heard = []
+            self._plan(trainer.current_epoch + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        numbers, losses = _joined(self._heard)
+        own = {"scores": self._scores, "seen": self._seen, "weights": self._weights, "planned": self._planned}
+        return {**own, "samples": self._samples.state_dict(), "numbers": numbers, "losses": losses}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._scores, self._seen, self._weights = state["scores"], state["seen"], state["weights"]
+        self._planned = state["planned"]
+        self._samples.load_state_dict(state["samples"])
+        self._heard = [(state["numbers"], state["losses"])]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_trainer": None, "_samples": Samples()}  # a copy meets its data anew
+
+    def _plan(self, epoch: int) -> None:
+        trainer = self._trainer
+        by_steps = trainer.max_steps > 0
+        progress = self.clock.steps / trainer.max_steps if by_steps else epoch / trainer.max_epochs
+        prunes = self.start <= epoch and progress < 1 - self.anneal
+        kept, self._weights = plan_epoch(self._scores, self._seen & prunes, self.ratio, self.generator)
+        self._samples.kept = torch.zeros(self._samples.count, dtype=torch.bool)
+        self._samples.kept[kept] = True
+        self._planned = epoch
+
+
+def _joined(heard: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if not heard:
+        return torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+    return torch.cat([numbers for numbers, _ in heard]), torch.cat([losses for _, losses in heard])

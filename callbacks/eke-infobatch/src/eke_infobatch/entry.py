@@ -1,0 +1,25 @@
+"""Tells the eke registry what this distribution provides."""
+
+from eke import Technique, hookimpl
+
+RECORD = Technique(
+    name="infobatch",
+    kind="callback",
+    factory="eke_infobatch:InfoBatch",
+    paper="https://arxiv.org/abs/2303.04947",
+    survey="2.2 Data selection, data pruning",
+    effects=("replaces samples", "changes loss", "changes learning rate"),
+    needs=("sized training data",),
+    exactness="unbiased",
+    exceptions={
+        "test_accumulated_gradients_equal_the_big_batch": "Epochs that leave samples out end in a batch of "
+        "another size, and so do accumulated windows.",
+        "test_two_processes_equal_one": "Under several processes it deals the samples out itself, in an order that one "
+        "process does not have.",
+    },
+)
+
+
+@hookimpl
+def eke_technique() -> Technique:
+    return RECORD

@@ -1,0 +1,165 @@
+"""One loss for each sample, out of a ``training_step`` that returns their mean.
+
+The trick it hides: the mean is taken in the user's code. :func:`reduce_loss` is a line to write in its place; a plain
+``cross_entropy`` is caught while the step runs, and only if it is beyond doubt what belongs to which sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from eke.spec import EkeError
+
+Weigh = Callable[[Tensor], Tensor | None]
+
+_hearing: ContextVar[Hearing | None] = ContextVar("eke_hearing", default=None)
+
+
+class LossError(EkeError, ValueError):
+    """The losses of single samples are not to be had, or not without doubt."""
+
+
+def reduce_loss(losses: Tensor, valid: Tensor | None = None) -> Tensor:
+    """The mean of losses, as a technique weighs the samples; without one, the plain mean.
+
+    Write it where ``training_step`` takes the mean::
+
+        losses = F.cross_entropy(logits, classes, reduction="none")
+        return eke.reduce_loss(losses)
+
+    Args:
+        losses: (batch,), or (batch, length) for one loss a token.
+        valid: Of the same shape, bool or 0 and 1: which tokens count. All of them by default.
+
+    Returns:
+        A scalar. With every weight 1 it is the mean over all valid entries.
+
+    Raises:
+        LossError: another shape, or a number of samples that is not that of the batch.
+    """
+    if losses.ndim not in (1, 2) or (valid is not None and valid.shape != losses.shape):
+        shape = f"{tuple(losses.shape)}{'' if valid is None else f' with valid {tuple(valid.shape)}'}"
+        raise LossError(f"reduce_loss got losses of shape {shape}. Give (batch,) or (batch, length), and valid alike.")
+    valid = torch.ones_like(losses) if valid is None else valid.to(losses.dtype)
+    hearing = _hearing.get()
+    if hearing is None:
+        return (losses * valid).sum() / valid.sum().clamp(min=1)
+    return hearing.reduce(losses, valid, "eke.reduce_loss")
+
+
+class Hearing:
+    """What one ``training_step`` gave.
+
+    Args:
+        samples: In the batch.
+        weigh: Each sample's loss, (batch,), float32 and without graph, to its weight, or to None for all alike.
+    """
+
+    def __init__(self, samples: int, weigh: Weigh) -> None:
+        self.samples, self.weigh = samples, weigh
+        self.losses: Tensor | None = None  # (batch,), float32
+        self.source = ""
+        self.logits: Tensor | None = None  # of a plain cross entropy: (batch, classes, ...), without graph
+        self.target: Tensor | None = None
+
+    def reduce(self, losses: Tensor, valid: Tensor, source: str) -> Tensor:
+        """The weighted mean. ``losses`` and ``valid`` are (batch,) or (batch, length)."""
+        if self.losses is not None:
+            raise LossError(
+                f"training_step takes the mean of losses twice, by {self.source} and by {source}: which is to be "
+                "weighed is not known. Use eke.reduce_loss once, and reduction='none' for the others."
+            )
+        if len(losses) != self.samples:
+            raise LossError(
+                f"{source} gave {len(losses)} losses for a batch of {self.samples} samples. Give one loss "
+                "for each sample, in the order of the batch."
+            )
+        self.source = source
+        count = valid.flatten(1).sum(1) if valid.ndim > 1 else valid
+        summed = (losses * valid).flatten(1).sum(1) if losses.ndim > 1 else losses * valid
+        self.losses = (summed.detach().float() / count.float().clamp(min=1)).cpu()
+        weights = self.weigh(self.losses)
+        if weights is not None:
+            summed = summed * weights.to(summed)
+        return summed.sum() / count.sum().clamp(min=1)
+
+    def check(self) -> Tensor:
+        """The losses.
+
+        Raises:
+            LossError: none was heard.
+        """
+        if self.losses is None:
+            raise LossError(
+                "training_step took no mean of losses that could be followed back to the samples: neither "
+                "eke.reduce_loss(losses), nor one cross_entropy with reduction='mean' outside of compiled code. Write "
+                "return eke.reduce_loss(losses), with one loss for each sample."
+            )
+        return self.losses
+
+
+@contextmanager
+def hearing(samples: int, weigh: Weigh) -> Iterator[Hearing]:
+    """Hear and weigh the losses of the samples of one step inside."""
+    heard = Hearing(samples, weigh)
+    token = _hearing.set(heard)
+    try:
+        with _CrossEntropy(heard):
+            yield heard
+    finally:
+        _hearing.reset(token)
+
+
+class _CrossEntropy(TorchFunctionMode):
+    """Takes the mean of a plain cross entropy itself."""
+
+    def __init__(self, heard: Hearing) -> None:
+        super().__init__()
+        self.heard = heard
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is not F.cross_entropy:
+            return func(*args, **kwargs)
+        names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        reduction = given.get("reduction", "mean")
+        if reduction == "none":
+            return func(*args, **kwargs)
+        weight = given.get("weight")
+        if reduction != "mean" or weight is not None or given.get("reduce") is not None or given.get("size_average"):
+            raise LossError(
+                f"training_step calls cross_entropy with reduction={reduction!r}"
+                f"{' and weights of classes' if weight is not None else ''}, whose samples are not told apart. Take "
+                "reduction='none' and return eke.reduce_loss(losses)."
+            )
+        target = given["target"]
+        losses = func(**{**given, "reduction": "none"})
+        valid = torch.ones_like(losses)
+        if not target.is_floating_point():  # classes, and not their probabilities
+            valid = (target != given.get("ignore_index", -100)).to(losses.dtype)
+        rows = self._rows(losses, target)
+        self.heard.logits, self.heard.target = given["input"].detach(), target
+        return self.heard.reduce(losses.reshape(rows), valid.reshape(rows), "cross_entropy")
+
+    def _rows(self, losses: Tensor, target: Tensor) -> tuple[int, ...]:
+        """Shape of the losses by sample. Tokens may have been flattened, which a view shows; views of images that were
+        put one behind the other look the same in number only."""
+        samples, base = self.heard.samples, target._base
+        if losses.ndim and len(losses) == samples:
+            return (samples,) if losses.numel() == samples else (samples, -1)
+        if losses.ndim == 1 and base is not None and base.ndim == 2 and base.shape[0] == samples:
+            if base.numel() == losses.numel():
+                return (samples, -1)
+        raise LossError(
+            f"cross_entropy got targets of shape {tuple(target.shape)} in a step on {samples} samples: which loss "
+            "belongs to which sample is not known. Take reduction='none' and return eke.reduce_loss(losses)."
+        )

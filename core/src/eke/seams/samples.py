@@ -1,0 +1,168 @@
+"""Which samples an epoch sees, and which of them the batch at hand holds.
+
+The tricks it hides: the length of an epoch is asked for before the epoch begins, and before a resumed run has its first
+hook; a resume in mid-epoch has to find the samples with which the epoch began; and a learning rate that goes by steps
+would stop early when epochs shrink.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+
+from eke.seams.data import IndexTap
+from eke.seams.state import gather
+from eke.spec import EkeError
+
+
+class SamplesError(EkeError, ValueError):
+    """The samples of a loader cannot be chosen or told apart."""
+
+
+class Samples:
+    """The samples of a run's one train loader. Call :meth:`attach` from ``alter_loader``.
+
+    Attributes:
+        count: Samples of the dataset.
+        kept: Which of them the running epoch sees, bool; they come in the order of the loader's own sampler.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.kept = torch.ones(0, dtype=torch.bool)
+        self._tap: IndexTap | None = None
+        self._loader: DataLoader | None = None
+
+    @property
+    def batches(self) -> int:
+        """Of the running epoch, in this process."""
+        return len(self._loader)
+
+    @property
+    def full(self) -> int:
+        """Batches of an epoch that leaves nothing out."""
+        loader, own = self._loader, -(-self.count // self._loader.batch_sampler.sampler.world_size)
+        return own // loader.batch_size if loader.drop_last else -(-own // loader.batch_size)
+
+    def attach(self, trainer: Trainer, loader: Any) -> Any:
+        """Let :attr:`kept` choose among the samples of ``loader``, and note which go into each batch.
+
+        Raises:
+            SamplesError: an iterable dataset, a sampler that is none of torch's plain ones, or several train loaders.
+        """
+        if loader is self._loader:
+            return loader
+        if self._loader is not None:
+            raise SamplesError("There are several train loaders. Choosing samples needs one.")
+        if not isinstance(loader, DataLoader):
+            raise SamplesError(
+                f"The train loader is a {type(loader).__name__}; samples are chosen through a DataLoader's sampler."
+            )
+        if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
+            raise SamplesError(
+                f"A {type(loader.dataset).__name__} gives its samples in an order of its own: they have no numbers by "
+                "which to choose them. That needs a map-style dataset, with __getitem__ and __len__."
+            )
+        inner = getattr(loader.batch_sampler, "sampler", None)
+        sharded = trainer.world_size > 1
+        if inner is None or not hasattr(loader.batch_sampler, "batch_size"):
+            raise SamplesError("The loader makes its batches by a sampler of its own: nothing can be left out.")
+        count = len(loader.dataset)
+        if not sharded and len(inner) != count:
+            raise SamplesError(
+                f"The loader's {type(inner).__name__} gives {len(inner)} samples of {count}: choosing needs a "
+                "sampler that gives each once."
+            )
+        if self.count not in (0, count):
+            raise SamplesError(f"The checkpoint is of a run on {self.count} samples, and the data has {count}.")
+        if not self.count:
+            self.count, self.kept = count, torch.ones(count, dtype=torch.bool)
+        self._loader = loader
+        shards = trainer.strategy.distributed_sampler_kwargs if sharded else {}
+        # DataLoader forbids setting its samplers; the inner one may be set and needs no new loader.
+        loader.batch_sampler.sampler = Chosen(inner, self, shards.get("rank", 0), shards.get("num_replicas", 1))
+        self._tap = IndexTap(loader)
+        return loader
+
+    def detach(self) -> None:
+        """Give the loader its own sampler back."""
+        if self._tap is not None:
+            self._tap.remove()
+            self._loader.batch_sampler.sampler = self._loader.batch_sampler.sampler.inner
+        self._tap = self._loader = None
+
+    def batch(self, batch_idx: int) -> Tensor:
+        """Numbers of the samples in this batch of this process, int64, (batch,)."""
+        return torch.tensor(self._tap.at(batch_idx), dtype=torch.int64)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count, "kept": self.kept}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count, self.kept = state["count"], state["kept"]
+
+
+class Chosen(Sampler[int]):
+    """Those of another sampler's samples that an epoch keeps, dealt out among processes afterwards.
+
+    Samples are repeated from the front until they divide evenly, as torch's ``DistributedSampler`` does.
+    """
+
+    def __init__(self, inner: Sampler[int], samples: Samples, rank: int, world_size: int) -> None:
+        self.inner, self.samples, self.rank, self.world_size = inner, samples, rank, world_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        if hasattr(self.inner, "set_epoch"):
+            self.inner.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return -(-int(self.samples.kept.sum()) // self.world_size)
+
+    def __iter__(self) -> Iterator[int]:
+        kept = self.samples.kept
+        chosen = [index for index in self._order() if kept[index]]
+        missing = -len(chosen) % self.world_size
+        return iter((chosen + chosen[:missing])[self.rank :: self.world_size])
+
+    def _order(self) -> list[int]:
+        """All samples, in the same order on all processes."""
+        inner = self.inner
+        if self.world_size == 1:
+            return list(inner)
+        around = getattr(
+            getattr(inner, "dataset", None), "_sampler", None
+        )  # Lightning's wrapper around a sampler of the user's own
+        if around is not None:
+            return list(around)
+        if not getattr(inner, "shuffle", True):
+            return list(range(self.samples.count))
+        # As DistributedSampler draws it. A sampler that deals out by itself gives no order of all: it gets this one.
+        generator = torch.Generator().manual_seed(getattr(inner, "seed", 0) + self.epoch)
+        return torch.randperm(self.samples.count, generator=generator).tolist()
+
+
+def all_ranks(trainer: Trainer, numbers: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Samples and their values of all processes, in rank order: int64 and float32, never in one tensor, in which large
+    numbers would lose digits."""
+    parts = gather(trainer, (numbers, values))
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def keep_pace(trainer: Trainer, samples: Samples, batch_idx: int) -> None:
+    """Step the learning rates on to where they would be after as large a part of a full epoch.
+
+    Call it after each batch. Schedules by epoch, and those that look at a metric, are left alone.
+    """
+    done = trainer.current_epoch * samples.full + round((batch_idx + 1) * samples.full / samples.batches)
+    wanted = done // trainer.accumulate_grad_batches
+    for config in trainer.lr_scheduler_configs:
+        if config.interval == "step" and config.frequency == 1 and not config.reduce_on_plateau:
+            while config.scheduler.last_epoch < wanted:
+                config.scheduler.step()

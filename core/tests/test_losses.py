@@ -1,0 +1,89 @@
+"""Losses of single samples, out of steps that return their mean: the same value and gradient, or a refusal."""
+
+import pytest
+import torch
+from eke.seams.losses import LossError, hearing, reduce_loss
+from torch.nn import functional as F
+
+WEIGHTS = torch.tensor([0.5, 2.0, 1.0])
+
+
+def heard(step, weights=None, samples=3):
+    with hearing(samples, lambda losses: weights) as ears:
+        loss = step()
+    return loss, ears.check()
+
+
+def test_a_plain_cross_entropy_gives_each_samples_loss_and_the_same_mean():
+    logits, classes = torch.randn(3, 5, requires_grad=True), torch.tensor([0, 4, 2])
+    each = F.cross_entropy(logits, classes, reduction="none")
+    loss, losses = heard(lambda: F.cross_entropy(logits, classes))
+    assert torch.equal(losses, each.detach())
+    torch.testing.assert_close(loss, each.mean())
+    loss, _ = heard(lambda: torch.nn.CrossEntropyLoss(label_smoothing=0.1)(logits, classes), WEIGHTS)
+    smooth = F.cross_entropy(logits, classes, reduction="none", label_smoothing=0.1)
+    torch.testing.assert_close(loss, (smooth * WEIGHTS).mean())
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, logits)[0], torch.autograd.grad((smooth * WEIGHTS).mean(), logits)[0]
+    )
+
+
+@pytest.mark.parametrize("shape", ["flattened", "transposed", "helper"])
+def test_a_sequences_loss_is_the_mean_of_its_tokens_that_count(shape):
+    logits, ids = torch.randn(3, 4, 7), torch.randint(0, 7, (3, 4))
+    ids[0, 2:] = -100
+    valid = ids != -100
+    each = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
+    step = {
+        "flattened": lambda: F.cross_entropy(logits.view(-1, 7), ids.view(-1)),
+        "transposed": lambda: F.cross_entropy(logits.transpose(1, 2), ids),
+        "helper": lambda: reduce_loss(each, valid),
+    }[shape]
+    loss, losses = heard(step)
+    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), ids.flatten()))
+    torch.testing.assert_close(losses, each.sum(1) / valid.sum(1))
+    weighed, _ = heard(step, WEIGHTS)
+    torch.testing.assert_close(weighed, (each.sum(1) * WEIGHTS).sum() / valid.sum())
+
+
+def test_hugging_faces_own_loss_is_heard():
+    pytest.importorskip("transformers")
+    from eke.testing import hugging_face
+
+    ids = torch.randint(0, 32, (3, 8))
+    model = hugging_face("gpt2")
+    plain = model(input_ids=ids, labels=ids).loss
+    loss, losses = heard(lambda: model(input_ids=ids, labels=ids).loss)
+    torch.testing.assert_close(loss, plain)
+    each = torch.stack([model(input_ids=row[None], labels=row[None]).loss for row in ids])
+    torch.testing.assert_close(losses, each.detach())
+
+
+def test_probabilities_of_classes_are_heard():
+    logits, shares = torch.randn(3, 5), torch.rand(3, 5).softmax(1)
+    loss, losses = heard(lambda: F.cross_entropy(logits, shares))
+    torch.testing.assert_close(loss, F.cross_entropy(logits, shares))
+    assert losses.shape == (3,)
+
+
+def test_what_is_not_beyond_doubt_is_refused():
+    logits, classes = torch.randn(6, 5), torch.arange(6) % 5
+    for step, said in (
+        (lambda: F.cross_entropy(logits, classes), r"targets of shape \(6,\) in a step on 3 samples"),  # two views
+        (lambda: F.cross_entropy(logits[:3], classes[:3], reduction="sum"), "reduction='sum'"),
+        (
+            lambda: F.cross_entropy(logits[:3], classes[:3]) + reduce_loss(torch.ones(3)),
+            "takes the mean of losses twice",
+        ),
+        (lambda: reduce_loss(torch.ones(4)), "gave 4 losses for a batch of 3 samples"),
+        (lambda: F.mse_loss(logits, logits), "took no mean of losses"),
+    ):
+        with pytest.raises(LossError, match=said):
+            heard(step)
+
+
+def test_unreduced_losses_pass_and_outside_nothing_is_caught():
+    logits, classes = torch.randn(3, 5), torch.tensor([0, 4, 2])
+    _, losses = heard(lambda: reduce_loss(F.cross_entropy(logits, classes, reduction="none")))
+    torch.testing.assert_close(losses, F.cross_entropy(logits, classes, reduction="none"))
+    torch.testing.assert_close(reduce_loss(losses), losses.mean())
