@@ -22,7 +22,7 @@ DATA = TensorDataset(torch.arange(20))
 
 def samples(*left_out):
     chosen = Samples()
-    chosen.count, chosen.kept = 20, torch.ones(20, dtype=torch.bool)
+    chosen.count, chosen.kept, chosen._begun = 20, torch.ones(20, dtype=torch.bool), True
     chosen.kept[list(left_out)] = False
     return chosen
 
@@ -59,6 +59,8 @@ def test_a_loader_gets_its_own_sampler_back():
     before, chosen = loader.batch_sampler.sampler, Samples()
     chosen.attach(ALONE, loader)
     chosen.kept[:10] = False
+    assert chosen.batches == 5  # schedules are made by the full length
+    chosen._begun = True
     assert (chosen.full, chosen.batches) == (5, 3)
     assert [batch[0].tolist() for batch in loader] == [[10, 11, 12, 13], [14, 15, 16, 17], [18, 19]]
     assert chosen.batch(1).tolist() == [14, 15, 16, 17]

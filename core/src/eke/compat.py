@@ -111,6 +111,7 @@ def set_epoch_length(trainer: Trainer, batches: int) -> None:
     limit = trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     trainer.fit_loop.max_batches = batches
+    trainer.fit_loop._data_fetcher.length = batches  # a resumed run has made its iterator already
     interval = trainer.val_check_interval
     if trainer.val_check_batch is not None and isinstance(interval, float) and trainer.val_check_batch != float("inf"):
         trainer.val_check_batch = max(1, int(batches * interval))

@@ -75,6 +75,10 @@ class TechniqueCallback(Callback):
         """Change a batch of validation or testing, once it is on the device."""
         return batch
 
+    def begin_samples(self, trainer: Trainer) -> None:
+        """For techniques that change how many batches an epoch has: called when training starts, after all of
+        ``on_train_start``, so that what goes by the length of the run goes by its full length, resumed or not."""
+
     def around_step(self, call_next: Callable[..., Any], batch: Any, *args: Any) -> Any:
         """Act around ``training_step``; its value is the loss, or what the user returns."""
         return call_next(batch, *args)
@@ -457,6 +461,8 @@ class Coordinator(Callback):
             self._gradients = {}
         for guest in self._guests["on_train_start"]:
             guest(trainer, pl_module)
+        for technique in self._overriding("begin_samples"):
+            technique.begin_samples(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.clock.before_batch(trainer, batch_idx)

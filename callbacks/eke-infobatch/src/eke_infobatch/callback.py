@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from eke import Technique, TechniqueCallback, compat
+from eke import Technique, TechniqueCallback
 from eke.seams.losses import hearing
 from eke.seams.samples import Samples, all_ranks, keep_pace
 from lightning.pytorch import LightningModule, Trainer
@@ -111,9 +111,13 @@ class InfoBatch(TechniqueCallback):
         self._samples.detach()
         self._trainer = None
 
+    def begin_samples(self, trainer: Trainer) -> None:
+        if self.ratio:
+            self._samples.begin(trainer)
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.ratio:
-            compat.set_epoch_length(trainer, self._samples.batches)
+            self._samples.begin(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._batch_idx = batch_idx

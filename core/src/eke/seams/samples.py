@@ -15,6 +15,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
+from eke import compat
 from eke.seams.data import IndexTap
 from eke.seams.state import gather
 from eke.spec import EkeError
@@ -37,6 +38,17 @@ class Samples:
         self.kept = torch.ones(0, dtype=torch.bool)
         self._tap: IndexTap | None = None
         self._loader: DataLoader | None = None
+        self._begun = False  # until then, epochs have their full length: schedules are made by it
+
+    def begin(self, trainer: Trainer) -> None:
+        """Let epochs have the length of what is kept. Call it from ``begin_samples`` and where an epoch begins."""
+        self._begun = True
+        compat.set_epoch_length(trainer, self.batches)
+
+    @property
+    def length(self) -> int:
+        """Samples of the running epoch."""
+        return int(self.kept.sum()) if self._begun else self.count
 
     @property
     def batches(self) -> int:
@@ -95,6 +107,7 @@ class Samples:
             self._tap.remove()
             self._loader.batch_sampler.sampler = self._loader.batch_sampler.sampler.inner
         self._tap = self._loader = None
+        self._begun = False
 
     def batch(self, batch_idx: int) -> Tensor:
         """Numbers of the samples in this batch of this process, int64, (batch,)."""
@@ -123,7 +136,7 @@ class Chosen(Sampler[int]):
             self.inner.set_epoch(epoch)
 
     def __len__(self) -> int:
-        return -(-int(self.samples.kept.sum()) // self.world_size)
+        return -(-self.samples.length // self.world_size)
 
     def __iter__(self) -> Iterator[int]:
         kept = self.samples.kept
