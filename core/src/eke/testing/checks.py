@@ -163,15 +163,21 @@ def compiles(subject: Subject) -> None:
 
 def ranks_equal_one_process(subject: Subject) -> None:
     """Two gloo processes under DDP end in the same state as each other, and near one process with twice the batch."""
+    first = ranks_agree(subject)
+    alone = run_alone(lambda: subject.fit(subject.model(), subject.build(), batch=2 * BATCH).state)
+    assert_same(alone["weights"], first["weights"], "weights of one process, then of two", subject.tolerance)
+    assert_same(_rates(alone), _rates(first), "learning rates of one process, then of two")
+
+
+def ranks_agree(subject: Subject) -> dict[str, Any]:
+    """Two gloo processes under DDP end in the same state as each other. Returns the first one's."""
     first, second = run_ranks(lambda rank: subject.fit(subject.model(), subject.build(), world=2).state)
     for part in ("weights", "optimizers"):
         assert_same(first[part], second[part], f"{part} of rank 0, then of rank 1")
     for part in ("learning rate", "frozen"):
         traces = [{name: step.get(part) for name, step in state["steps"].items()} for state in (first, second)]
         assert_same(*traces, f"{part} of rank 0, then of rank 1")
-    alone = run_alone(lambda: subject.fit(subject.model(), subject.build(), batch=2 * BATCH).state)
-    assert_same(alone["weights"], first["weights"], "weights of one process, then of two", subject.tolerance)
-    assert_same(_rates(alone), _rates(first), "learning rates of one process, then of two")
+    return first
 
 
 # Resuming

@@ -1,0 +1,207 @@
+"""Data pruning: score the samples of a short run, and train on those that the scores choose.
+
+Sources: Paul, Ganguli, Dziugaite, "Deep Learning on a Data Diet: Finding Important Examples Early in Training", NeurIPS
+2021, https://arxiv.org/abs/2107.07075 (EL2N); Toneva, Sordoni, Combes and others, "An Empirical Study of Example
+Forgetting during Deep Neural Network Learning", ICLR 2019, https://arxiv.org/abs/1812.05159. Survey section
+2.2, reference [70].
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from eke import Technique, TechniqueCallback
+from eke.seams.losses import LossError, hearing
+from eke.seams.samples import Samples, all_ranks
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from eke_data_scores import pruning
+from eke_data_scores.entry import RECORD
+from eke_data_scores.scores import Scores, check_data, choose, el2n, fingerprint
+
+
+class Score(TechniqueCallback):
+    """Score every training sample while the run trains as it would, and write a file when it ends.
+
+    A file that is there already, of the same data, becomes the mean over its runs and this one: EL2N is meant to be the
+    mean over some ten short runs from different starts.
+
+    Example::
+
+        for seed in range(10):
+            seed_everything(seed)
+            Trainer(max_epochs=5, callbacks=[Score("el2n.npz")]).fit(Model(), data)
+
+    Args:
+        file: Where the scores go.
+        kind: ``"el2n"``: length of the error vector in the last epoch. ``"loss"``: the loss in the last epoch.
+            ``"forgetting"``: how often a sample was right and then wrong, over all epochs; infinite for one that was
+            never right. ``"el2n"`` and ``"forgetting"`` need a plain ``cross_entropy`` over classes.
+
+    Raises:
+        ValueError: another kind; a file of other data; losses that cannot be followed back to the samples.
+    """
+
+    technique: ClassVar[Technique] = RECORD
+
+    def __init__(self, file: str | Path, kind: Literal["el2n", "forgetting", "loss"] = "el2n") -> None:
+        if kind not in ("el2n", "forgetting", "loss"):
+            raise ValueError(f"kind={kind!r} is none of: el2n, forgetting, loss.")
+        self.file, self.kind = str(file), kind
+        self._reset()
+
+    def _reset(self) -> None:
+        self._trainer: Trainer | None = None
+        self._samples = Samples()
+        self._data = ""
+        self._heard: list[tuple[Tensor, Tensor]] = []  # of this process, in the running epoch
+        self._last = torch.zeros(0)  # of each sample: what the last finished epoch gave
+        self._forgot = torch.zeros(0)
+        self._learned = torch.zeros(0)
+        self._batch_idx = 0
+
+    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._reset()
+            self._trainer = trainer
+
+    def alter_loader(self, loader: Any) -> Any:
+        loader = self._samples.attach(self._trainer, loader)
+        if not self._data:
+            self._data = fingerprint(loader.dataset)
+            if Path(self.file).exists():
+                before = Scores.load(self.file)
+                check_data(before, loader.dataset, self.file)
+                before.merged(Scores(self.kind, before.values, 1, before.data))  # refuses another kind before the run
+        if not len(self._last):
+            count = self._samples.count
+            self._last = torch.full((count,), torch.nan, dtype=torch.float64)
+            self._forgot, self._learned = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.bool)
+        return loader
+
+    def restore_model(self, pl_module: LightningModule) -> None:
+        self._samples.detach()
+        self._trainer = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._batch_idx = batch_idx
+
+    def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
+        numbers = self._samples.batch(self._batch_idx)
+        with hearing(len(numbers), lambda losses: None) as heard:
+            output = call_next(batch, *args)
+        self._heard.append((numbers, self._value(heard)))
+        return output
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        numbers, values = all_ranks(trainer, *_joined(self._heard))
+        self._heard = []
+        values = values.double()
+        if self.kind == "forgetting":
+            right = values > 0
+            self._forgot[numbers] += ((self._last[numbers] > 0) & ~right).double()
+            self._learned[numbers] |= right
+        self._last[numbers] = values
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        values = self._last
+        if self.kind == "forgetting":
+            values = torch.where(self._learned, self._forgot, torch.inf)
+        if trainer.is_global_zero and not values.isnan().any():  # all samples were seen: an epoch came to its end
+            scores = Scores(self.kind, values, 1, self._data)
+            file = Path(self.file)
+            (Scores.load(file).merged(scores) if file.exists() else scores).save(file)
+
+    def state_dict(self) -> dict[str, Any]:
+        numbers, values = _joined(self._heard)
+        own = {"last": self._last, "forgot": self._forgot, "learned": self._learned, "data": self._data}
+        return {**own, "samples": self._samples.state_dict(), "numbers": numbers, "values": values}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._last, self._forgot, self._learned = state["last"], state["forgot"], state["learned"]
+        self._samples.load_state_dict(state["samples"])
+        self._heard = [(state["numbers"], state["values"])]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_trainer": None, "_samples": Samples()}  # a copy meets its data anew
+
+    def _value(self, heard: Any) -> Tensor:
+        losses = heard.check()
+        if self.kind == "loss":
+            return losses
+        logits, target = heard.logits, heard.target
+        if logits is None or logits.ndim != 2 or len(logits) != heard.samples or target.ndim != 1:
+            raise LossError(
+                f"Score(kind={self.kind!r}) compares logits with classes, and training_step has no plain cross_entropy "
+                "of (batch, classes) outside of compiled code. Use kind='loss'."
+            )
+        if self.kind == "el2n":
+            return el2n(logits, target).cpu()
+        return (logits.argmax(1) == target).float().cpu()
+
+
+class Pruned(TechniqueCallback):
+    """Train on the samples that a file of scores chooses.
+
+    Example::
+
+        trainer = Trainer(max_epochs=90, callbacks=[Pruned("el2n.npz", keep=0.7)])
+
+    Args:
+        file: What :class:`Score` wrote.
+        keep: Share of the samples that is kept.
+        mode: ``"hard"``: those with the highest scores. ``"easy"``: the lowest. ``"random"``: the control.
+        skip: Share of the samples, the very hardest, that is left out first: wrong labels are among them.
+        seed: For ``"random"``, and for the order of equal scores.
+
+    Raises:
+        ValueError: shares outside their range; a file that is damaged, or of other data.
+    """
+
+    technique: ClassVar[Technique] = pruning.RECORD
+
+    def __init__(
+        self,
+        file: str | Path,
+        keep: float = 0.7,
+        *,
+        mode: Literal["hard", "easy", "random"] = "hard",
+        skip: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        choose(torch.arange(1000.0), keep, mode, skip=skip, seed=seed)  # refuses wrong arguments at once
+        self.file, self.keep, self.mode, self.skip, self.seed = str(file), keep, mode, skip, seed
+        self._trainer: Trainer | None = None
+        self._samples = Samples()
+
+    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._trainer = trainer
+            self._samples = Samples()
+
+    def alter_loader(self, loader: Any) -> Any:
+        loader = self._samples.attach(self._trainer, loader)
+        scores = Scores.load(self.file)
+        check_data(scores, loader.dataset, self.file)
+        kept = choose(scores.values, self.keep, self.mode, skip=self.skip, seed=self.seed)
+        self._samples.kept = torch.zeros(self._samples.count, dtype=torch.bool).index_fill(0, kept, True)
+        return loader
+
+    def restore_model(self, pl_module: LightningModule) -> None:
+        self._samples.detach()
+        self._trainer = None
+
+    def begin_samples(self, trainer: Trainer) -> None:
+        self._samples.begin(trainer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_trainer": None, "_samples": Samples()}  # a copy meets its data anew
+
+
+def _joined(heard: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if not heard:
+        return torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+    return torch.cat([numbers for numbers, _ in heard]), torch.cat([values for _, values in heard])

@@ -1,0 +1,20 @@
+"""Tells the eke registry what this distribution provides."""
+
+from eke import Technique, hookimpl
+
+RECORD = Technique(
+    name="data_scores",
+    kind="callback",
+    factory="eke_data_scores:Score",
+    paper="https://arxiv.org/abs/2107.07075",
+    survey="2.2 Data selection, data pruning, [70]",
+    effects=("reads samples", "reads loss"),
+    needs=("sized training data",),
+)
+EXAMPLE = {"file": "scores.npz"}
+MODELS = ()  # of the kit's: each run would find the file of the one before
+
+
+@hookimpl
+def eke_technique() -> Technique:
+    return RECORD
