@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from eke import Technique, TechniqueCallback
 from eke.seams.losses import LossError, hearing
-from eke.seams.samples import Samples, all_ranks
+from eke.seams.samples import Samples, all_ranks, joined
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
@@ -97,7 +97,7 @@ class Score(TechniqueCallback):
         return output
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        numbers, values = all_ranks(trainer, *_joined(self._heard))
+        numbers, values = all_ranks(trainer, *joined(self._heard))
         self._heard = []
         values = values.double()
         if self.kind == "forgetting":
@@ -116,7 +116,7 @@ class Score(TechniqueCallback):
             (Scores.load(file).merged(scores) if file.exists() else scores).save(file)
 
     def state_dict(self) -> dict[str, Any]:
-        numbers, values = _joined(self._heard)
+        numbers, values = joined(self._heard)
         own = {"last": self._last, "forgot": self._forgot, "learned": self._learned, "data": self._data}
         return {**own, "samples": self._samples.state_dict(), "numbers": numbers, "values": values}
 
@@ -199,9 +199,3 @@ class Pruned(TechniqueCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_trainer": None, "_samples": Samples()}  # a copy meets its data anew
-
-
-def _joined(heard: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    if not heard:
-        return torch.zeros(0, dtype=torch.int64), torch.zeros(0)
-    return torch.cat([numbers for numbers, _ in heard]), torch.cat([values for _, values in heard])

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from eke import Technique, TechniqueCallback
 from eke.seams.losses import hearing
-from eke.seams.samples import Samples, all_ranks, keep_pace
+from eke.seams.samples import Samples, all_ranks, joined, keep_pace
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
@@ -86,7 +86,6 @@ class InfoBatch(TechniqueCallback):
     def _reset(self) -> None:
         self._trainer: Trainer | None = None
         self._samples = Samples()
-        self._planned = -1  # the epoch that samples and weights are for
         self._scores = self._seen = self._weights = torch.zeros(0)
         self._heard: list[tuple[Tensor, Tensor]] = []  # of this process, since the epoch began
         self._batch_idx = 0
@@ -141,19 +140,18 @@ class InfoBatch(TechniqueCallback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Here, and not where the next epoch begins: a checkpoint of the epoch's end has to hold the next one's samples.
         if self.ratio:
-            numbers, losses = all_ranks(trainer, *_joined(self._heard))
+            numbers, losses = all_ranks(trainer, *joined(self._heard))
             self._scores[numbers], self._seen[numbers] = losses.double(), True
             self._heard = []
             self._plan(trainer.current_epoch + 1)
 
     def state_dict(self) -> dict[str, Any]:
-        numbers, losses = _joined(self._heard)
-        own = {"scores": self._scores, "seen": self._seen, "weights": self._weights, "planned": self._planned}
+        numbers, losses = joined(self._heard)
+        own = {"scores": self._scores, "seen": self._seen, "weights": self._weights}
         return {**own, "samples": self._samples.state_dict(), "numbers": numbers, "losses": losses}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._scores, self._seen, self._weights = state["scores"], state["seen"], state["weights"]
-        self._planned = state["planned"]
         self._samples.load_state_dict(state["samples"])
         self._heard = [(state["numbers"], state["losses"])]
 
@@ -168,10 +166,3 @@ class InfoBatch(TechniqueCallback):
         kept, self._weights = plan_epoch(self._scores, self._seen & prunes, self.ratio, self.generator)
         self._samples.kept = torch.zeros(self._samples.count, dtype=torch.bool)
         self._samples.kept[kept] = True
-        self._planned = epoch
-
-
-def _joined(heard: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    if not heard:
-        return torch.zeros(0, dtype=torch.int64), torch.zeros(0)
-    return torch.cat([numbers for numbers, _ in heard]), torch.cat([losses for _, losses in heard])

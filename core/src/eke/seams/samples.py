@@ -161,6 +161,12 @@ class Chosen(Sampler[int]):
         return torch.randperm(self.samples.count, generator=generator).tolist()
 
 
+def joined(heard: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Samples and values of several batches, in one tensor each; empty ones before the first batch."""
+    numbers, values = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0)]
+    return torch.cat(numbers + [one for one, _ in heard]), torch.cat(values + [one for _, one in heard])
+
+
 def all_ranks(trainer: Trainer, numbers: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Samples and their values of all processes, in rank order: int64 and float32, never in one tensor, in which large
     numbers would lose digits."""
