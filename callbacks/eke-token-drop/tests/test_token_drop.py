@@ -209,6 +209,16 @@ def test_models_that_need_every_patch_are_refused_with_the_reason():
         fit(TinyBlocks(), TokenDrop())
 
 
+def test_a_full_memory_is_not_taken_for_a_wrong_model():
+    class Full(TinyViT):
+        def loss(self, batch):
+            super().loss(batch)
+            raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        fit(Full(), TokenDrop(tail=0))
+
+
 def test_rotary_positions_are_refused():
     leave = LeaveOut(0.5, 0, None, {"patches": 16})
     with pytest.raises(RuntimeError, match=r"get rope of shape \(16, 4\), one entry a token, such as rotary"):

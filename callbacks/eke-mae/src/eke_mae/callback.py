@@ -287,6 +287,8 @@ class Sight:
             gate.put(last, RECORD.name, note)
         try:
             self.encoder(images)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise MisconfigurationException(
                 f"The encoder at {self.path or 'the module itself'!r} failed on images of which patches are hidden: "

@@ -137,7 +137,7 @@ class TokenDrop(TechniqueCallback):
         try:
             return call_next(batch, *args)
         except RuntimeError as error:
-            if not self._leave.left:
+            if not self._leave.left or isinstance(error, torch.OutOfMemoryError):  # not of our making
                 raise
             raise MisconfigurationException(
                 f"The model failed on a part of its patches: {error}. What follows the first block has to take any "
