@@ -12,6 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
+from eke.spec import EkeError
+
+
+class BatchError(EkeError, ValueError):
+    """Which rows of a batch belong to which sample is not known."""
+
 
 def tensors(batch: Any) -> Iterator[Tensor]:
     """Every tensor of a batch, in order."""
@@ -44,3 +50,53 @@ def mapped(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
 def replaced(batch: Any, old: Tensor, new: Tensor) -> Any:
     """The batch with one tensor in place of another."""
     return mapped(batch, lambda tensor: new if tensor is old else tensor)
+
+
+def size(batch: Any) -> int:
+    """Samples of a batch: the first size that all of its tensors share.
+
+    Raises:
+        BatchError: they share none.
+    """
+    sizes = sorted({len(one) for one in tensors(batch) if one.ndim})
+    if len(sizes) != 1:
+        raise BatchError(
+            f"The tensors of a batch have first sizes {sizes}: which rows belong to a sample is not known. Let the "
+            "collate function give every tensor one row for each sample."
+        )
+    return sizes[0]
+
+
+def rows(batch: Any, chosen: Tensor) -> Any:
+    """The batch of these samples alone, in this order, in containers of the same kind.
+
+    Lists of anything but tensors, such as texts, are taken as one entry for each sample.
+
+    Args:
+        batch: As the loader gave it.
+        chosen: int64; a sample may come several times.
+
+    Raises:
+        BatchError: sizes differ, see :func:`size`, or a list is not as long as the batch.
+    """
+    samples, numbers = size(batch), chosen.tolist()
+
+    def take(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return part.index_select(0, chosen.to(part.device)) if part.ndim else part
+        if isinstance(part, Mapping):
+            changed = copy.copy(part)
+            for name, one in part.items():
+                changed[name] = take(one)
+            return changed
+        if isinstance(part, tuple) and hasattr(part, "_fields"):
+            return type(part)(*map(take, part))
+        if isinstance(part, (list, tuple)):
+            if any(isinstance(one, (Tensor, Mapping, list, tuple)) for one in part):
+                return type(part)(map(take, part))
+            if len(part) != samples:
+                raise BatchError(f"A batch of {samples} samples holds a list of {len(part)} entries: whose are they?")
+            return type(part)(part[number] for number in numbers)
+        return part
+
+    return take(batch)

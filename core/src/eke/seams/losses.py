@@ -66,9 +66,11 @@ class Hearing:
     def __init__(self, samples: int, weigh: Weigh) -> None:
         self.samples, self.weigh = samples, weigh
         self.losses: Tensor | None = None  # (batch,), float32
+        self.valid: Tensor | None = None  # (batch,) or (batch, length): what counts, 0 or 1
         self.source = ""
         self.logits: Tensor | None = None  # of a plain cross entropy: (batch, classes, ...), without graph
         self.target: Tensor | None = None
+        self.smoothing = 0.0  # of its labels
 
     def reduce(self, losses: Tensor, valid: Tensor, source: str) -> Tensor:
         """The weighted mean. ``losses`` and ``valid`` are (batch,) or (batch, length)."""
@@ -82,7 +84,7 @@ class Hearing:
                 f"{source} gave {len(losses)} losses for a batch of {self.samples} samples. Give one loss "
                 "for each sample, in the order of the batch."
             )
-        self.source = source
+        self.source, self.valid = source, valid.detach()
         count = valid.flatten(1).sum(1) if valid.ndim > 1 else valid
         summed = (losses * valid).flatten(1).sum(1) if losses.ndim > 1 else losses * valid
         self.losses = (summed.detach().float() / count.float().clamp(min=1)).cpu()
@@ -142,13 +144,24 @@ class _CrossEntropy(TorchFunctionMode):
                 "reduction='none' and return eke.reduce_loss(losses)."
             )
         target = given["target"]
+        self._refuse_contrast(given["input"], target)
         losses = func(**{**given, "reduction": "none"})
         valid = torch.ones_like(losses)
         if not target.is_floating_point():  # classes, and not their probabilities
             valid = (target != given.get("ignore_index", -100)).to(losses.dtype)
         rows = self._rows(losses, target)
         self.heard.logits, self.heard.target = given["input"].detach(), target
+        self.heard.smoothing = given.get("label_smoothing", 0.0)
         return self.heard.reduce(losses.reshape(rows), valid.reshape(rows), "cross_entropy")
+
+    def _refuse_contrast(self, logits: Tensor, target: Tensor) -> None:
+        """Each sample is the class of itself: a contrastive loss, which other samples of the batch make."""
+        square = logits.ndim == 2 and logits.shape[0] == logits.shape[1] == self.heard.samples > 1
+        if square and torch.equal(target, torch.arange(len(logits), device=target.device)):
+            raise LossError(
+                "training_step compares each sample of the batch with every other, a contrastive loss: it is not the "
+                "mean of losses that belong to single samples, so samples cannot be weighed or chosen by it."
+            )
 
     def _rows(self, losses: Tensor, target: Tensor) -> tuple[int, ...]:
         """Shape of the losses by sample. Tokens may have been flattened, which a view shows; views of images that were

@@ -1,0 +1,27 @@
+"""Measure importance sampling: as many steps of a Vision Transformer, each on half of its batch.
+
+python benchmark.py --size cpu --out ../../benchmarks/cpu-2core
+"""
+
+import sys
+
+from eke_bench import Benchmark, main_of
+
+DRAWN = Benchmark(
+    "importance_sampling",
+    variants={
+        "half, when it pays": {"importance_sampling": {"keep": 0.5}},
+        "half, always": {"importance_sampling": {"keep": 0.5, "threshold": 0.0}},
+    },
+    controls={"half, as it comes": {"importance_sampling": {"keep": 0.5, "threshold": 1e9}}},
+    workload="vit",
+    shape={"smoke": {"blocks": 2, "width": 32}, "cpu": {"blocks": 4, "width": 64}, "gpu": {"blocks": 6, "width": 192}},
+    smaller={
+        "smoke": {"blocks": 1, "width": 32},
+        "cpu": {"blocks": 2, "width": 64},
+        "gpu": {"blocks": 3, "width": 192},
+    },
+)
+
+if __name__ == "__main__":
+    sys.exit(main_of(DRAWN))

@@ -1,0 +1,157 @@
+"""Importance sampling: look at a large batch, and train on the part of it that has the larger gradients.
+
+Source: Katharopoulos, Fleuret, "Not All Samples Are Created Equal: Deep Learning with Importance Sampling", ICML 2018,
+https://arxiv.org/abs/1803.00942; survey section 2.2, reference [47]. It departs from the authors' code in that the
+loader's batch is the presample, so that a loader with any number of workers serves, and that sequences of unequal
+length keep the mean over tokens unbiased.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from eke import Technique, TechniqueCallback
+from eke.seams.batch import rows, size
+from eke.seams.losses import Hearing, hearing
+from eke.seams.presample import error_norms, overheard
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from eke_importance_sampling.entry import RECORD
+
+
+def draw(scores: Tensor, count: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Draw samples in proportion to their scores, with replacement.
+
+    Args:
+        scores: (presample,), 0 or more; in proportion to the length of each sample's gradient, where that is known.
+        count: How many.
+        generator: Of the draw.
+
+    Returns:
+        Their numbers, int64, and their weights, float32, both (count,). The mean over the draws of weight times
+        anything is in expectation that thing's mean over the presample.
+
+    Source:
+        Katharopoulos and Fleuret 2018, equations 2 and 3: weight ``1 / (presample * probability)``.
+    """
+    shares = _shares(scores)
+    chosen = torch.multinomial(shares, count, replacement=True, generator=generator)
+    return chosen, (1 / (len(shares) * shares[chosen])).float()
+
+
+def gain(scores: Tensor) -> float:
+    """How many times as large a uniform batch would have to be, as its root, for the same variance; 1 for equal scores.
+
+    Source:
+        Katharopoulos and Fleuret 2018, equation 26, which is ``sqrt(presample * sum(shares ** 2))``.
+    """
+    shares = _shares(scores)
+    return float((len(shares) * shares.square().sum()).sqrt())
+
+
+def _shares(scores: Tensor) -> Tensor:
+    scores = scores.double()
+    total = scores.sum()
+    if not bool(total.isfinite()):
+        raise ValueError("A sample's loss is not finite: nothing can be drawn by it. Is the learning rate too high?")
+    return scores / total if total > 0 else torch.full_like(scores, 1 / len(scores))
+
+
+class ImportanceSampling(TechniqueCallback):
+    """Look at each batch of the loader, and train on a part of it, drawn by gradient norm and weighted without bias.
+
+    Give the loader a batch as large as the presample: with ``keep=1/3``, three times what a step is to train on. While
+    the gain is below ``threshold`` there is no look, and a step trains on the first part of the batch as it comes.
+
+    Example::
+
+        loader = DataLoader(data, batch_size=3 * 64, shuffle=True)
+        trainer = Trainer(max_steps=10_000, callbacks=[ImportanceSampling(keep=1 / 3)])
+
+    Args:
+        keep: Share of a batch that a step trains on.
+        threshold: The gain from which on it draws. By default the one at which a look pays if a backward pass costs two
+            forward ones: ``1 + 1 / (3 * keep)``. 0 draws always.
+        smoothing: Of the gain over steps; 0 goes by the last step alone.
+        by: ``"gradient"``: the length of the loss's gradient by the logits, for a plain ``cross_entropy``. ``"loss"``:
+            the loss itself, for any loss heard from ``eke.reduce_loss``; no bound of the gradient.
+
+    Raises:
+        ValueError: numbers outside their range; losses that are not finite, or cannot be followed back to the samples.
+    """
+
+    technique: ClassVar[Technique] = RECORD
+
+    def __init__(
+        self,
+        keep: float = 1 / 3,
+        *,
+        threshold: float | None = None,
+        smoothing: float = 0.9,
+        by: Literal["gradient", "loss"] = "gradient",
+    ) -> None:
+        if not 0 < keep <= 1:
+            raise ValueError(f"keep={keep}: give a share of the batch, above 0 and at most 1.")
+        if not 0 <= smoothing < 1 or (threshold is not None and threshold < 0):
+            raise ValueError(f"smoothing={smoothing}, threshold={threshold}: give one below 1, and one of 0 or more.")
+        if by not in ("gradient", "loss"):
+            raise ValueError(f"by={by!r} is none of: gradient, loss.")
+        self.keep, self.smoothing, self.by = keep, smoothing, by
+        self.threshold = 1 + 1 / (3 * keep) if threshold is None else threshold
+        self._gain = 0.0
+        self._trainer: Trainer | None = None
+        self._module: LightningModule | None = None
+
+    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._trainer, self._module, self._gain = trainer, pl_module, 0.0
+
+    def restore_model(self, pl_module: LightningModule) -> None:
+        self._trainer = self._module = None
+
+    def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
+        if self.keep == 1:
+            return call_next(batch, *args)
+        presample = size(batch)
+        count = max(1, round(self.keep * presample))
+        if self._gain < self.threshold:
+            with hearing(count, lambda losses: None) as heard:
+                output = call_next(rows(batch, torch.arange(count)), *args)
+            self._observe(self._scores(heard))
+            return output
+        looked = overheard(self._module, call_next, batch, *args)
+        scores = self._scores(looked)
+        chosen, weights = draw(scores, count, self.generator)
+        # A loss over tokens divides by those of the batch at hand; the mean is over those of the presample.
+        tokens = looked.valid.flatten(1).sum(1).cpu() if looked.valid.ndim > 1 else looked.valid.cpu()
+        weights = weights * float(tokens[chosen].sum() / (count * tokens.mean()).clamp(min=1e-9))
+        with hearing(count, lambda losses: weights) as heard:
+            output = call_next(rows(batch, chosen), *args)
+        heard.check()
+        self._observe(scores)
+        return output
+
+    def step_kind(self) -> str:
+        return "looks" if self.keep < 1 and self._gain >= self.threshold else "plain"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"gain": self._gain}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._gain = state["gain"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_trainer": None, "_module": None}
+
+    def _scores(self, heard: Hearing) -> Tensor:
+        losses = heard.check()
+        return error_norms(heard) if self.by == "gradient" else losses.clamp(min=0)
+
+    def _observe(self, scores: Tensor) -> None:
+        found = gain(scores)
+        if self._trainer.world_size > 1:  # all processes look, or none: sharded weights are gathered in the look
+            mean = torch.tensor(found, device=self._trainer.strategy.root_device)
+            found = float(self._trainer.strategy.reduce(mean, reduce_op="mean"))
+        self._gain = self.smoothing * self._gain + (1 - self.smoothing) * found

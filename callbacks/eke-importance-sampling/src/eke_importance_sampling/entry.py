@@ -1,0 +1,27 @@
+"""Tells the eke registry what this distribution provides."""
+
+from eke import Technique, hookimpl
+
+RECORD = Technique(
+    name="importance_sampling",
+    kind="callback",
+    factory="eke_importance_sampling:ImportanceSampling",
+    paper="https://arxiv.org/abs/1803.00942",
+    survey="2.2 Importance sampling, [47]",
+    effects=("replaces batch", "replaces loss"),
+    exactness="unbiased",
+    conflicts={
+        "infobatch": "it weighs the samples of an epoch that this one would choose again within each batch.",
+        "data_scores": "it needs the loss of every sample of a batch, and only some of them are trained on.",
+    },
+    exceptions={
+        "test_accumulated_gradients_equal_the_big_batch": "Samples are drawn within each batch, and two small batches "
+        "draw others than a large one.",
+        "test_two_processes_equal_one": "Each process draws within its own part of a batch.",
+    },
+)
+
+
+@hookimpl
+def eke_technique() -> Technique:
+    return RECORD

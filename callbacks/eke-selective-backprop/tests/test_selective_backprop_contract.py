@@ -1,0 +1,13 @@
+from eke.testing import TechniqueContract
+from eke_selective_backprop import SelectiveBackprop
+
+
+class TestContract(TechniqueContract):
+    arguments = {"keep": 0.5, "start": 0.0, "end": 1.0, "interrupt": 0}
+    extra_calls = 400  # a look at every batch is a pass of its own
+
+    def build(self):
+        return SelectiveBackprop(0.5, start=0.0, end=1.0, interrupt=0)
+
+    def idle(self):
+        return SelectiveBackprop(1.0)

@@ -1,0 +1,76 @@
+"""A look at a batch before a step trains on some of its samples.
+
+The tricks it hides: the look must not log, keep a graph, draw dropout or move running statistics; and autocast keeps
+casts of weights that a pass without graph made, through which the step would then have no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from eke.seams.batch import size
+from eke.seams.losses import Hearing, LossError, hearing
+from eke.seams.step import muted
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards each submodule has its own mode back."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def overheard(pl_module: LightningModule, step: Callable[..., Any], batch: Any, *args: Any) -> Hearing:
+    """What ``training_step`` gives for a batch, in evaluation mode and without a graph.
+
+    Raises:
+        LossError: losses that cannot be followed back to the samples.
+        BatchError: a batch whose number of samples is not known.
+    """
+    silent = muted(pl_module), evaluating(pl_module), torch.no_grad()
+    with silent[0], silent[1], silent[2], hearing(size(batch), lambda losses: None) as heard:
+        step(batch, *args)
+    torch.clear_autocast_cache()
+    heard.check()
+    return heard
+
+
+def error_norms(heard: Hearing) -> Tensor:
+    """Length of the gradient of each sample's cross entropy by its logits, (batch,), float32, on the CPU.
+
+    Up to a factor that all samples share it bounds the length of the whole gradient: Katharopoulos and Fleuret, ICML
+    2018, https://arxiv.org/abs/1803.00942, equation 20. A sample of several tokens has the root of their squares' sum.
+
+    Raises:
+        LossError: the loss was no plain cross entropy.
+    """
+    logits, target, valid = heard.logits, heard.target, heard.valid
+    if logits is None or valid is None:
+        raise LossError(
+            "The gradient by the logits is known of a plain cross_entropy, outside of compiled code. training_step "
+            f"gave losses by {heard.source or 'nothing'} alone: choose by the loss, or call "
+            "F.cross_entropy(logits, classes)."
+        )
+    logits = logits.float().movedim(1, -1) if logits.ndim > 1 else logits.float()
+    classes = logits.shape[-1]
+    wrong = logits.softmax(-1)
+    if target.is_floating_point():
+        target = target.float().movedim(1, -1) if target.ndim > 1 else target.float()
+        wrong = wrong - target * (1 - heard.smoothing) - heard.smoothing / classes
+    else:
+        place = target.clamp(0, classes - 1).unsqueeze(-1)  # what is ignored counts 0 below
+        wrong = wrong - heard.smoothing / classes
+        wrong.scatter_add_(-1, place, torch.full_like(place, -(1 - heard.smoothing), dtype=wrong.dtype))
+    squares = wrong.square().sum(-1).reshape(valid.shape) * valid.float()
+    return squares.flatten(1).sum(1).sqrt().cpu() if squares.ndim > 1 else squares.sqrt().cpu()
