@@ -143,6 +143,21 @@ def test_a_model_with_frozen_weights_is_measured(model):
     assert peak["gradients"] == sum(p.nbytes for p in model[2].parameters())
 
 
+def test_a_look_before_the_step_changes_nothing(model):
+    def peak(looks):
+        def step():
+            batch = torch.randn(8, 64)
+            if looks:
+                with torch.no_grad():
+                    model(batch)
+            model(batch).sum().backward()
+
+        step()
+        return measure.memory_peak(step, model)
+
+    assert peak(looks=True) == peak(looks=False)
+
+
 def test_a_step_by_closure_has_the_causes_of_one_by_hand():
     def peak(by_closure):
         torch.manual_seed(0)

@@ -131,6 +131,8 @@ class Meter:
                 yield told.append
         finally:
             self._spent = [0.0, 0.0]
+        if not told:  # the step failed, and its own error is the one to be seen
+            return
         found = self.kinds.setdefault(told[0], Kind())
         found.steps += 1
         found.flops = flops["flops"]

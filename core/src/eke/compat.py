@@ -29,7 +29,8 @@ __all__ = [
 
 
 class MemTracker(mem_tracker.MemTracker):
-    """torch's memory tracker, for frozen parameters and for optimizers that run forward and backward themselves.
+    """torch's memory tracker, for frozen parameters, for optimizers that run forward and backward themselves, and for
+    steps of several forward passes.
 
     It takes all that happens inside an optimizer's step for optimizer states. Lightning hands forward and backward to
     the step as a closure, so that activations would be called that, too.
@@ -58,6 +59,11 @@ class MemTracker(mem_tracker.MemTracker):
             if not parameter.requires_grad:  # a hook on its gradient, which the tracker would install, is an error
                 self._param_to_grad_hook_handles[parameter] = (_NoHandle, _NoHandle)
         return super()._track_module_params_and_buffers(module, install_grad_hooks)
+
+    def _pre_fw_hook(self, module: nn.Module, inputs: Any) -> None:
+        if not self._mod_tracker.is_bw:  # a second forward pass in one step, after a look at the batch, begins anew
+            self.memory_tracking.pop(module, None)
+        super()._pre_fw_hook(module, inputs)
 
 
 class _NoHandle:

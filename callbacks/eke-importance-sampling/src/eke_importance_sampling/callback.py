@@ -101,6 +101,7 @@ class ImportanceSampling(TechniqueCallback):
         self.keep, self.smoothing, self.by = keep, smoothing, by
         self.threshold = 1 + 1 / (3 * keep) if threshold is None else threshold
         self._gain = 0.0
+        self._kind = ""
         self._trainer: Trainer | None = None
         self._module: LightningModule | None = None
 
@@ -116,7 +117,8 @@ class ImportanceSampling(TechniqueCallback):
             return call_next(batch, *args)
         presample = size(batch)
         count = max(1, round(self.keep * presample))
-        if self._gain < self.threshold:
+        self._kind = "looks" if self._gain >= self.threshold else "plain"
+        if self._kind == "plain":
             with hearing(count, lambda losses: None) as heard:
                 output = call_next(rows(batch, torch.arange(count)), *args)
             self._observe(self._scores(heard))
@@ -134,7 +136,7 @@ class ImportanceSampling(TechniqueCallback):
         return output
 
     def step_kind(self) -> str:
-        return "looks" if self.keep < 1 and self._gain >= self.threshold else "plain"
+        return self._kind
 
     def state_dict(self) -> dict[str, Any]:
         return {"gain": self._gain}

@@ -74,6 +74,7 @@ class SelectiveBackprop(TechniqueCallback):
             raise ValueError(f"interrupt={interrupt}: give 2 or more steps, or 0 for no whole batches between.")
         self.keep, self.start, self.end, self.interrupt = keep, start, end, interrupt
         self._total = 0.0
+        self._kind = ""
         self._module: LightningModule | None = None
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -105,13 +106,14 @@ class SelectiveBackprop(TechniqueCallback):
         return self.keep < 1 and inside and not (self.interrupt and step % self.interrupt == 0)
 
     def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
-        if not self.selecting:
+        self._kind = "selects" if self.selecting else "plain"
+        if self._kind == "plain":
             return call_next(batch, *args)
         heard = overheard(self._module, call_next, batch, *args)
         return call_next(rows(batch, select(heard.losses, self.keep, self.generator)), *args)
 
     def step_kind(self) -> str:
-        return "selects" if self.selecting else "plain"
+        return self._kind
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_module": None}
