@@ -91,8 +91,14 @@ def test_error_norms_are_the_gradients_by_the_logits(kind, smoothing):
 
 
 def test_a_contrastive_loss_is_refused():
-    with hearing(4, lambda losses: None), pytest.raises(LossError, match="contrastive"):
-        F.cross_entropy(torch.randn(4, 4), torch.arange(4))
+    with hearing(8, lambda losses: None), pytest.raises(LossError, match="contrastive"):
+        F.cross_entropy(torch.randn(8, 8), torch.arange(8))
+
+
+def test_a_small_batch_that_holds_each_class_once_is_none():
+    with hearing(3, lambda losses: None) as heard:
+        F.cross_entropy(torch.randn(3, 3), torch.arange(3))
+    assert heard.losses is not None
 
 
 def test_losses_without_logits_have_no_error_norms():

@@ -3,7 +3,7 @@
 Sources: Paul, Ganguli, Dziugaite, "Deep Learning on a Data Diet: Finding Important Examples Early in Training", NeurIPS
 2021, https://arxiv.org/abs/2107.07075 (EL2N); Toneva, Sordoni, Combes and others, "An Empirical Study of Example
 Forgetting during Deep Neural Network Learning", ICLR 2019, https://arxiv.org/abs/1812.05159. Survey section
-2.2, reference [70].
+2.2, reference [70]. ``balance`` is that of Sorscher and others, reference [81].
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from eke_data_scores import pruning
 from eke_data_scores.entry import RECORD
-from eke_data_scores.scores import Scores, check_data, choose, el2n, fingerprint
+from eke_data_scores.scores import Scores, check_data, choose, classes_of, el2n, fingerprint
 
 
 class Score(TechniqueCallback):
@@ -155,6 +155,7 @@ class Pruned(TechniqueCallback):
         keep: Share of the samples that is kept.
         mode: ``"hard"``: those with the highest scores. ``"easy"``: the lowest. ``"random"``: the control.
         skip: Share of the samples, the very hardest, that is left out first: wrong labels are among them.
+        balance: Share of each class's fair part that is kept in any case; 0.5 is what Sorscher and others take.
         seed: For ``"random"``, and for the order of equal scores.
 
     Raises:
@@ -170,10 +171,13 @@ class Pruned(TechniqueCallback):
         *,
         mode: Literal["hard", "easy", "random"] = "hard",
         skip: float = 0.0,
+        balance: float = 0.0,
         seed: int = 0,
     ) -> None:
-        choose(torch.arange(1000.0), keep, mode, skip=skip, seed=seed)  # refuses wrong arguments at once
+        some = torch.arange(1000)
+        choose(some.double(), keep, mode, skip=skip, classes=some, balance=balance, seed=seed)  # refuses at once
         self.file, self.keep, self.mode, self.skip, self.seed = str(file), keep, mode, skip, seed
+        self.balance = balance
         self._trainer: Trainer | None = None
         self._samples = Samples()
 
@@ -186,7 +190,16 @@ class Pruned(TechniqueCallback):
         loader = self._samples.attach(self._trainer, loader)
         scores = Scores.load(self.file)
         check_data(scores, loader.dataset, self.file)
-        kept = choose(scores.values, self.keep, self.mode, skip=self.skip, seed=self.seed)
+        classes = classes_of(loader.dataset) if self.balance else None
+        kept = choose(
+            scores.values,
+            self.keep,
+            self.mode,
+            skip=self.skip,
+            classes=classes,
+            balance=self.balance,
+            seed=self.seed,
+        )
         self._samples.kept = torch.zeros(self._samples.count, dtype=torch.bool).index_fill(0, kept, True)
         return loader
 

@@ -26,7 +26,7 @@ class Scores:
     """One number for each sample of a dataset; higher is harder.
 
     Attributes:
-        kind: ``"el2n"``, ``"forgetting"`` or ``"loss"``.
+        kind: What they are: ``"el2n"``, ``"forgetting"``, ``"loss"``, ``"grand"``, or any name of your own.
         values: (samples,), float64; the mean over runs. ``inf`` for a sample that was never learned.
         runs: How many runs they are the mean of.
         data: Fingerprint of the dataset, see :func:`fingerprint`.
@@ -36,6 +36,25 @@ class Scores:
     values: Tensor
     runs: int
     data: str
+
+    @classmethod
+    def of(cls, dataset: Any, kind: str, values: Tensor) -> Scores:
+        """Numbers that you computed yourself, such as distances in an embedding.
+
+        Args:
+            dataset: What they are of.
+            kind: A name for them.
+            values: (samples,), higher is harder.
+
+        Raises:
+            ScoresError: not one number for each sample, or one that is NaN.
+        """
+        if values.shape != (len(dataset),) or bool(values.isnan().any()):
+            raise ScoresError(
+                f"Scores of {len(dataset)} samples have shape {tuple(values.shape)} and "
+                f"{int(values.isnan().sum())} that are NaN. Give one number for each sample."
+            )
+        return cls(kind, values.detach().double().cpu(), 1, fingerprint(dataset))
 
     def save(self, file: str | Path) -> None:
         """Write them whole or not at all: a reader never meets half a file."""
@@ -104,6 +123,29 @@ def check_data(scores: Scores, dataset: Any, file: Any) -> None:
             f"{file} holds scores of other data: its fingerprint is {scores.data}, that of the training data {found} "
             "(number of samples, checksum). Score this data, or train on the other."
         )
+
+
+def classes_of(dataset: Any) -> Tensor:
+    """Class of each sample, (samples,), int64: from ``dataset.targets``, or as the second part of every sample.
+
+    Raises:
+        ScoresError: a sample's second part is no whole number.
+    """
+    targets = getattr(dataset, "targets", None)
+    if targets is None:
+        targets = []
+        for number in range(len(dataset)):
+            sample = dataset[number]
+            one = sample[1] if isinstance(sample, (list, tuple)) and len(sample) > 1 else None
+            if not isinstance(one, (int, np.integer)) and not (
+                isinstance(one, Tensor) and one.ndim == 0 and not one.is_floating_point()
+            ):
+                raise ScoresError(
+                    f"balance needs the class of each sample, and the second part of sample {number} is "
+                    f"{type(one).__name__}. Give the dataset an attribute targets, or leave balance out."
+                )
+            targets.append(int(one))
+    return torch.as_tensor(targets).long()
 
 
 def el2n(logits: Tensor, classes: Tensor) -> Tensor:

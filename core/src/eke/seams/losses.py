@@ -156,11 +156,13 @@ class _CrossEntropy(TorchFunctionMode):
 
     def _refuse_contrast(self, logits: Tensor, target: Tensor) -> None:
         """Each sample is the class of itself: a contrastive loss, which other samples of the batch make."""
-        square = logits.ndim == 2 and logits.shape[0] == logits.shape[1] == self.heard.samples > 1
+        # Of few classes a batch may hold each once, in order, by chance.
+        square = logits.ndim == 2 and logits.shape[0] == logits.shape[1] == self.heard.samples >= 8
         if square and torch.equal(target, torch.arange(len(logits), device=target.device)):
             raise LossError(
                 "training_step compares each sample of the batch with every other, a contrastive loss: it is not the "
-                "mean of losses that belong to single samples, so samples cannot be weighed or chosen by it."
+                "mean of losses that belong to single samples, so samples cannot be weighed or chosen by it. If these "
+                "are classes after all, take reduction='none' and return eke.reduce_loss(losses)."
             )
 
     def _rows(self, losses: Tensor, target: Tensor) -> tuple[int, ...]:
