@@ -17,6 +17,7 @@ NAMES = {
     "mae": "eke_bench.workloads.mae:Masked",
     "vit": "eke_bench.workloads.vit:Digits",
     "vit-fine": "eke_bench.workloads.vit:FineDigits",
+    "vit-noisy": "eke_bench.workloads.vit:NoisyDigits",
 }
 
 

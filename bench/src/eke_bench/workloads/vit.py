@@ -174,6 +174,15 @@ class FineDigits(Digits):
         return ConvViT(**shape, patch=self.size.options["patch"], lr=lr, steps=steps)
 
 
+class NoisyDigits(Digits):
+    """The same images, of which a fifth has a wrong class, for what chooses among samples."""
+
+    name = "vit-noisy"
+    sizes: ClassVar[dict[str, Size]] = {
+        name: replace(size, options={**size.options, "noise": 0.2}) for name, size in Digits.sizes.items()
+    }
+
+
 def noisy(classes: Tensor, share: float) -> Tensor:
     """``classes`` with this share of them, always the same ones, replaced by another class."""
     if not share:

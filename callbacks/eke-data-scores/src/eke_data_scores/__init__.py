@@ -2,7 +2,7 @@
 
 from eke_data_scores.callback import Pruned, Score
 from eke_data_scores.embeddings import kmeans, prototypes, redundancy
-from eke_data_scores.offline import embed, score
+from eke_data_scores.offline import cross_scores, embed, score
 from eke_data_scores.scores import Scores, choose, el2n
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Score",
     "Scores",
     "choose",
+    "cross_scores",
     "el2n",
     "embed",
     "kmeans",

@@ -17,7 +17,7 @@ from eke.seams.step import muted
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from eke_data_scores.scores import Scores, fingerprint
 
@@ -63,6 +63,37 @@ def score(
             heard = overheard(pl_module, pl_module.training_step, batch, *arguments)
             found.append(heard.losses if kind == "loss" else error_norms(heard))
     return Scores(kind, torch.cat(found).double().cpu(), 1, fingerprint(dataset))
+
+
+def cross_scores(
+    train: Callable[[Subset], LightningModule],
+    dataset: Any,
+    kind: Literal["loss", "el2n", "grand"] = "loss",
+    *,
+    seed: int = 0,
+    **options: Any,
+) -> Scores:
+    """Score every sample by a model that has not been trained on it: two models, each trained on one half of the data.
+
+    A wrong label has a high loss here; after training on it, it would not. Needs no holdout.
+
+    Args:
+        train: A dataset to a trained model; called twice.
+        dataset: Map-style.
+        kind: As for :func:`score`.
+        seed: Of the halves.
+        options: ``batch_size``, ``collate_fn`` and ``device`` of :func:`score`.
+
+    Source:
+        Mindermann and others, ICML 2022, https://arxiv.org/abs/2206.07137, section 4.2.
+    """
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    halves = order[: len(order) // 2].sort().values, order[len(order) // 2 :].sort().values
+    values = torch.zeros(len(dataset), dtype=torch.float64)
+    for own, other in (halves, halves[::-1]):
+        model = train(Subset(dataset, own.tolist()))
+        values[other] = score(model, Subset(dataset, other.tolist()), kind, **options).values
+    return Scores.of(dataset, kind, values)
 
 
 def _lengths(pl_module: LightningModule, batch: Any, *arguments: Any) -> Iterator[Tensor]:

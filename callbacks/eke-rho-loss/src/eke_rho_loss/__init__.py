@@ -1,0 +1,5 @@
+"""RHO-LOSS: training on samples that are worth learning, learnable, and not yet learned."""
+
+from eke_rho_loss.callback import RhoLoss, reducible
+
+__all__ = ["RhoLoss", "reducible"]

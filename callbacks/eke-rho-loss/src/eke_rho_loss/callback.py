@@ -1,0 +1,123 @@
+"""RHO-LOSS: of each batch, train on the samples whose loss a model could reduce that has not learned them by heart.
+
+Source: Mindermann, Brauner, Razzak and others, "Prioritized Training on Points that are Learnable, Worth Learning, and
+Not Yet Learnt", ICML 2022, https://arxiv.org/abs/2206.07137, equation 3 and algorithm 1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from eke import Technique, TechniqueCallback
+from eke.seams.batch import rows
+from eke.seams.presample import overheard
+from eke.seams.samples import Samples
+from eke_data_scores import Scores
+from eke_data_scores.scores import check_data
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from eke_rho_loss.entry import RECORD
+
+ZERO = "zero"
+
+
+def reducible(losses: Tensor, irreducible: Tensor, count: int) -> Tensor:
+    """Numbers of the ``count`` samples with the largest ``losses - irreducible``, rising, int64.
+
+    Args:
+        losses: (batch,), of the model that trains.
+        irreducible: (batch,), of a model that has not been trained on these samples.
+        count: How many.
+
+    Source:
+        Mindermann and others 2022, equation 3.
+    """
+    return (losses.double() - irreducible).topk(count).indices.sort().values
+
+
+class RhoLoss(TechniqueCallback):
+    """Train on the samples of a batch whose loss is reducible: neither learned already, nor noise.
+
+    Give the loader a batch that is larger by ``1 / keep`` than what a step is to train on.
+
+    Example::
+
+        from eke_data_scores import cross_scores
+
+        cross_scores(train_small_model, data).save("irreducible.npz")  # two models, each on one half
+        trainer = Trainer(max_epochs=90, callbacks=[RhoLoss("irreducible.npz")])
+
+    Args:
+        file: Losses of the training samples, by a model that has not been trained on them: from a holdout
+            (``eke_data_scores.score``), or from two models, each trained on one half (``cross_scores``). The word
+            ``"zero"`` takes them as 0: the highest losses alone are chosen, wrong labels first. It is the control.
+        keep: Share of a batch that is trained on.
+
+    Raises:
+        ValueError: a share outside its range; a file that is damaged, of other data, or of other scores than losses;
+            losses that cannot be followed back to the samples.
+        SamplesError: with a file, data without numbers: iterable datasets, several loaders.
+    """
+
+    technique: ClassVar[Technique] = RECORD
+
+    def __init__(self, file: str | Path, keep: float = 0.1) -> None:
+        if not 0 < keep <= 1:
+            raise ValueError(f"keep={keep}: give a share of the batch, above 0 and at most 1.")
+        self.file, self.keep = str(file), keep
+        self._reset()
+
+    def _reset(self) -> None:
+        self._trainer: Trainer | None = None
+        self._module: LightningModule | None = None
+        self._samples = Samples()
+        self._irreducible = torch.zeros(0)
+        self._batch_idx = 0
+
+    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._reset()
+            self._trainer, self._module = trainer, pl_module
+
+    def alter_loader(self, loader: Any) -> Any:
+        if self.file == ZERO or self.keep == 1:
+            return loader
+        loader = self._samples.attach(self._trainer, loader)
+        scores = Scores.load(self.file)
+        check_data(scores, loader.dataset, self.file)
+        if scores.kind != "loss" or not bool(scores.values.isfinite().all()):
+            raise ValueError(
+                f"{self.file} holds {scores.kind} scores; RHO-LOSS compares losses with finite losses. Write them with "
+                "eke_data_scores.score(model, data, 'loss'), or with cross_scores."
+            )
+        self._irreducible = scores.values
+        return loader
+
+    def restore_model(self, pl_module: LightningModule) -> None:
+        self._samples.detach()
+        self._trainer = self._module = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._batch_idx = batch_idx
+
+    def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
+        if self.keep == 1:
+            return call_next(batch, *args)
+        losses = overheard(self._module, call_next, batch, *args).losses
+        irreducible = torch.zeros(len(losses))
+        if self.file != ZERO:
+            irreducible = self._irreducible[self._samples.batch(self._batch_idx)]
+        count = max(1, round(self.keep * len(losses)))
+        return call_next(rows(batch, reducible(losses, irreducible, count)), *args)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"samples": self._samples.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._samples.load_state_dict(state["samples"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_trainer": None, "_module": None, "_samples": Samples()}
