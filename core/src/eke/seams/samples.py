@@ -31,11 +31,13 @@ class Samples:
     Attributes:
         count: Samples of the dataset.
         kept: Which of them the running epoch sees, bool; they come in the order of the loader's own sampler.
+        order: In place of that, the samples of the running epoch one after another, int64; one may come several times.
     """
 
     def __init__(self) -> None:
         self.count = 0
         self.kept = torch.ones(0, dtype=torch.bool)
+        self.order: Tensor | None = None
         self._tap: IndexTap | None = None
         self._loader: DataLoader | None = None
         self._begun = False  # until then, epochs have their full length: schedules are made by it
@@ -48,7 +50,9 @@ class Samples:
     @property
     def length(self) -> int:
         """Samples of the running epoch."""
-        return int(self.kept.sum()) if self._begun else self.count
+        if not self._begun:
+            return self.count
+        return int(self.kept.sum()) if self.order is None else len(self.order)
 
     @property
     def batches(self) -> int:
@@ -114,10 +118,10 @@ class Samples:
         return torch.tensor(self._tap.at(batch_idx), dtype=torch.int64)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count, "kept": self.kept}
+        return {"count": self.count, "kept": self.kept, "order": self.order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.count, self.kept = state["count"], state["kept"]
+        self.count, self.kept, self.order = state["count"], state["kept"], state.get("order")
 
 
 class Chosen(Sampler[int]):
@@ -140,7 +144,8 @@ class Chosen(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         kept = self.samples.kept
-        chosen = [index for index in self._order() if kept[index]]
+        order = self.samples.order
+        chosen = [index for index in self._order() if kept[index]] if order is None else order.tolist()
         missing = -len(chosen) % self.world_size
         return iter((chosen + chosen[:missing])[self.rank :: self.world_size])
 

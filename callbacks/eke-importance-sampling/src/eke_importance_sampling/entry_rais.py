@@ -1,0 +1,25 @@
+"""Tells the eke registry of the second technique in this distribution."""
+
+from eke import Technique, hookimpl
+
+RECORD = Technique(
+    name="rais",
+    kind="callback",
+    factory="eke_importance_sampling:RAIS",
+    paper="https://proceedings.neurips.cc/paper/2018/hash/967990de5b3eac7b87d49a13c6834978-Abstract.html",
+    survey="2.2 Importance sampling, [44]",
+    effects=("replaces samples", "changes loss"),
+    needs=("sized training data",),
+    exactness="unbiased",
+    exceptions={
+        "test_accumulated_gradients_equal_the_big_batch": "Samples are drawn by what earlier batches gave, and a large "
+        "batch gives less often.",
+        "test_two_processes_equal_one": "Under several processes it deals the samples out itself, in an order that one "
+        "process does not have.",
+    },
+)
+
+
+@hookimpl
+def eke_technique() -> Technique:
+    return RECORD
