@@ -1,4 +1,4 @@
-"""Measure importance sampling: as many steps of a Vision Transformer, each on half of its batch.
+"""Measure importance sampling: as many steps of a Vision Transformer, each on half of its batch, or on samples drawn by what was seen.
 
 python benchmark.py --size cpu --out ../../benchmarks/cpu-2core
 """
@@ -12,6 +12,7 @@ DRAWN = Benchmark(
     variants={
         "half, when it pays": {"importance_sampling": {"keep": 0.5}},
         "half, always": {"importance_sampling": {"keep": 0.5, "threshold": 0.0}},
+        "RAIS": {"rais": {}},
     },
     controls={"half, as it comes": {"importance_sampling": {"keep": 0.5, "threshold": 1e9}}},
     workload="vit",
