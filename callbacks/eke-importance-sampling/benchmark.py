@@ -1,4 +1,6 @@
-"""Measure importance sampling: as many steps of a Vision Transformer, each on half of its batch, or on samples drawn by what was seen.
+"""Measure importance sampling: as many steps of a Vision Transformer, each on half of its batch.
+
+Or on whole batches of samples that are drawn by what was seen of them before.
 
 python benchmark.py --size cpu --out ../../benchmarks/cpu-2core
 """

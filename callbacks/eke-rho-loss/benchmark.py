@@ -10,7 +10,7 @@ from pathlib import Path
 
 from eke_bench import Benchmark, main_of
 from eke_bench.workloads import load
-from eke_data_scores import cross_scores
+from eke_rho_loss import cross_scores
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch.utils.data import DataLoader, Subset
 

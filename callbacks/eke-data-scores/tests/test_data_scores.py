@@ -4,12 +4,12 @@ import eke
 import numpy as np
 import pytest
 import torch
+from eke.seams.scores import ScoresError, fingerprint
 from eke.testing import TinyBlocks, TinyViT, fit
 from eke.testing.data import BATCH, Images
 from eke.testing.models import STEPS
 from eke_data_scores import Pruned, Score, Scores, choose, el2n
 from eke_data_scores.command import main
-from eke_data_scores.scores import ScoresError, fingerprint
 from lightning.pytorch import Callback
 from torch.utils.data import TensorDataset
 

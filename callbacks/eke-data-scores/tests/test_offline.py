@@ -141,7 +141,8 @@ def test_a_run_keeps_a_part_of_each_class(tmp_path, data):
 def test_balance_needs_classes(tmp_path):
     data = TensorDataset(torch.randn(20, 6), torch.randn(20))
     Scores.of(data, "mine", torch.rand(20)).save(tmp_path / "mine.npz")
-    from eke_data_scores.scores import ScoresError, classes_of
+    from eke.seams.scores import ScoresError
+    from eke_data_scores.choice import classes_of
 
     with pytest.raises(ScoresError, match="attribute targets"):
         classes_of(data)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from eke_data_scores import Scores, cross_scores
-from eke_rho_loss import RhoLoss, reducible
+from eke.seams.scores import Scores
+from eke_rho_loss import RhoLoss, cross_scores, reducible
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn

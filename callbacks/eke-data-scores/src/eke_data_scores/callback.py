@@ -15,12 +15,13 @@ import torch
 from eke import Technique, TechniqueCallback
 from eke.seams.losses import LossError, hearing
 from eke.seams.samples import Samples, all_ranks, joined
+from eke.seams.scores import Scores, check_data, fingerprint
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from eke_data_scores import pruning
+from eke_data_scores.choice import choose, classes_of, el2n
 from eke_data_scores.entry import RECORD
-from eke_data_scores.scores import Scores, check_data, choose, classes_of, el2n, fingerprint
 
 
 class Score(TechniqueCallback):

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from eke.seams.scores import Scores, check_data
 from eke.spec import EkeError
 from torch import Tensor
-
-from eke_data_scores.scores import Scores, check_data
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,11 +7,44 @@ Data-efficient learning at web-scale through semantic deduplication", 2023, http
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from eke.seams.batch import size
+from eke.seams.scores import Collate
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 _CHUNK = 4096  # rows of a table of distances at once: memory does not grow with the square of the samples
+
+
+def embed(
+    function: Callable[[Any], Tensor], dataset: Any, *, batch_size: int = 256, collate_fn: Collate | None = None
+) -> Tensor:
+    """Embeddings of all samples, (samples, width), float32, on the CPU.
+
+    Args:
+        function: A batch, as the collate function makes it, to (batch, width).
+        dataset: Map-style.
+        batch_size: Samples at once.
+        collate_fn: As the ``DataLoader`` has it.
+
+    Raises:
+        ValueError: another shape.
+    """
+    found = []
+    with torch.no_grad():
+        for batch in DataLoader(dataset, batch_size, collate_fn=collate_fn):
+            one = function(batch)
+            if one.ndim != 2 or len(one) != size(batch):
+                raise ValueError(
+                    f"The embedding of a batch of {size(batch)} samples has shape {tuple(one.shape)}. Give (batch, "
+                    "width): the class token, say, or the mean over tokens."
+                )
+            found.append(one.float().cpu())
+    return torch.cat(found)
 
 
 def kmeans(points: Tensor, count: int, *, rounds: int = 100, seed: int = 0) -> tuple[Tensor, Tensor]:

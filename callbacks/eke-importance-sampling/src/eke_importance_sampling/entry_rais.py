@@ -16,8 +16,8 @@ RECORD = Technique(
         "batch gives less often.",
         "test_two_processes_equal_one": "Under several processes it deals the samples out itself, in an order that one "
         "process does not have.",
-        "test_it_costs_nothing_when_it_has_nothing_to_do": "There is no step in which it has nothing to do: the norm of "
-        "every sample is noted.",
+        "test_it_costs_nothing_when_it_has_nothing_to_do": "There is no step in which "
+        "it has nothing to do: the norm of every sample is noted.",
     },
 )
 

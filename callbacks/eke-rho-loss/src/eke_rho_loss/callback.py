@@ -14,8 +14,7 @@ from eke import Technique, TechniqueCallback
 from eke.seams.batch import rows
 from eke.seams.presample import overheard
 from eke.seams.samples import Samples
-from eke_data_scores import Scores
-from eke_data_scores.scores import check_data
+from eke.seams.scores import Scores, check_data
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
@@ -45,14 +44,14 @@ class RhoLoss(TechniqueCallback):
 
     Example::
 
-        from eke_data_scores import cross_scores
+        from eke_rho_loss import cross_scores
 
         cross_scores(train_small_model, data).save("irreducible.npz")  # two models, each on one half
         trainer = Trainer(max_epochs=90, callbacks=[RhoLoss("irreducible.npz")])
 
     Args:
         file: Losses of the training samples, by a model that has not been trained on them: from a holdout
-            (``eke_data_scores.score``), or from two models, each trained on one half (``cross_scores``). The word
+            (``score``), or from two models, each trained on one half (``cross_scores``). The word
             ``"zero"`` takes them as 0: the highest losses alone are chosen, wrong labels first. It is the control.
         keep: Share of a batch that is trained on.
 
@@ -91,7 +90,7 @@ class RhoLoss(TechniqueCallback):
         if scores.kind != "loss" or not bool(scores.values.isfinite().all()):
             raise ValueError(
                 f"{self.file} holds {scores.kind} scores; RHO-LOSS compares losses with finite losses. Write them with "
-                "eke_data_scores.score(model, data, 'loss'), or with cross_scores."
+                "eke_rho_loss.score(model, data, 'loss'), or with cross_scores."
             )
         self._irreducible = scores.values
         return loader

@@ -11,6 +11,7 @@ RECORD = Technique(
     effects=("replaces batch", "replaces loss"),
     exactness="model-changing",
     conflicts={
+        "rais": "it needs the gradient norm of every sample of a batch, and only some of them are trained on.",
         "infobatch": "it weighs the samples of an epoch that this one would choose again within each batch.",
         "data_scores": "it needs the loss of every sample of a batch, and only some of them are trained on.",
     },

@@ -1,23 +1,37 @@
-"""Scores of samples as a file that says which data it is of, and the choice of samples by them."""
+"""Scores of samples as a file that says which data it is of, and how to come by them with a trained model.
+
+The tricks it hides: a file that is cut short or of other data must not choose samples; no reader meets half a file;
+and a model scores samples without logging, dropout or a trace in its gradients.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.nn import functional as F
+from torch.utils.data import DataLoader, Subset
 
+from eke.seams.batch import rows, size
+from eke.seams.presample import error_norms, evaluating, overheard
+from eke.seams.step import muted
+from eke.spec import EkeError
+
+Collate = Callable[[list[Any]], Any]
 _FORMAT = 1
 
 
-class ScoresError(ValueError):
+class ScoresError(EkeError, ValueError):
     """A file holds no scores, or scores of other data."""
 
 
@@ -125,93 +139,89 @@ def check_data(scores: Scores, dataset: Any, file: Any) -> None:
         )
 
 
-def classes_of(dataset: Any) -> Tensor:
-    """Class of each sample, (samples,), int64: from ``dataset.targets``, or as the second part of every sample.
+def score(
+    pl_module: LightningModule,
+    dataset: Any,
+    kind: Literal["loss", "el2n", "grand"] = "loss",
+    *,
+    batch_size: int = 256,
+    collate_fn: Collate | None = None,
+    device: str | torch.device | None = None,
+) -> Scores:
+    """Score every sample of a dataset by a model that is trained already, in evaluation mode.
 
-    Raises:
-        ScoresError: a sample's second part is no whole number.
-    """
-    targets = getattr(dataset, "targets", None)
-    if targets is None:
-        targets = []
-        for number in range(len(dataset)):
-            sample = dataset[number]
-            one = sample[1] if isinstance(sample, (list, tuple)) and len(sample) > 1 else None
-            if not isinstance(one, (int, np.integer)) and not (
-                isinstance(one, Tensor) and one.ndim == 0 and not one.is_floating_point()
-            ):
-                raise ScoresError(
-                    f"balance needs the class of each sample, and the second part of sample {number} is "
-                    f"{type(one).__name__}. Give the dataset an attribute targets, or leave balance out."
-                )
-            targets.append(int(one))
-    return torch.as_tensor(targets).long()
-
-
-def el2n(logits: Tensor, classes: Tensor) -> Tensor:
-    """Length of the error vector, (batch,), float32, between 0 and the root of 2: ``||softmax(logits) - onehot||``.
+    The mean over several models: ``first.merged(second)``.
 
     Args:
-        logits: (batch, classes).
-        classes: (batch,), int64.
+        pl_module: Its ``training_step`` gives the losses. It is left as it was, but for its device.
+        dataset: Map-style.
+        kind: ``"loss"``; ``"el2n"``, the length of the loss's gradient by the logits; ``"grand"``, its length by all
+            weights that are trained, which takes a forward and a backward pass for every single sample.
+        batch_size: Samples at once.
+        collate_fn: As the ``DataLoader`` has it.
+        device: By default the one that the model is on.
+
+    Raises:
+        ValueError: another kind; losses that cannot be followed back to the samples.
+    """
+    if kind not in ("loss", "el2n", "grand"):
+        raise ValueError(f"kind={kind!r} is none of: loss, el2n, grand.")
+    device = torch.device(device) if device is not None else pl_module.device
+    pl_module.to(device)
+    found: list[Tensor] = []
+    for batch_idx, batch in enumerate(DataLoader(dataset, batch_size, collate_fn=collate_fn)):
+        batch = move_data_to_device(batch, device)
+        arguments = (batch_idx,) if "batch_idx" in signature(pl_module.training_step).parameters else ()
+        if kind == "grand":
+            found += _lengths(pl_module, batch, *arguments)
+        else:
+            heard = overheard(pl_module, pl_module.training_step, batch, *arguments)
+            found.append(heard.losses if kind == "loss" else error_norms(heard))
+    return Scores(kind, torch.cat(found).double().cpu(), 1, fingerprint(dataset))
+
+
+def cross_scores(
+    train: Callable[[Subset], LightningModule],
+    dataset: Any,
+    kind: Literal["loss", "el2n", "grand"] = "loss",
+    *,
+    seed: int = 0,
+    **options: Any,
+) -> Scores:
+    """Score every sample by a model that has not been trained on it: two models, each trained on one half of the data.
+
+    A wrong label has a high loss here; after training on it, it would not. Needs no holdout.
+
+    Args:
+        train: A dataset to a trained model; called twice.
+        dataset: Map-style.
+        kind: As for :func:`score`.
+        seed: Of the halves.
+        options: ``batch_size``, ``collate_fn`` and ``device`` of :func:`score`.
 
     Source:
-        Paul, Ganguli, Dziugaite 2021, definition 2.2.
+        Mindermann and others, ICML 2022, https://arxiv.org/abs/2206.07137, section 4.2.
     """
-    wrong = logits.float().softmax(1) - F.one_hot(classes, logits.shape[1])
-    return wrong.norm(dim=1)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    halves = order[: len(order) // 2].sort().values, order[len(order) // 2 :].sort().values
+    values = torch.zeros(len(dataset), dtype=torch.float64)
+    for own, other in (halves, halves[::-1]):
+        model = train(Subset(dataset, own.tolist()))
+        values[other] = score(model, Subset(dataset, other.tolist()), kind, **options).values
+    return Scores.of(dataset, kind, values)
 
 
-def choose(
-    values: Tensor,
-    keep: float,
-    mode: Literal["hard", "easy", "random"] = "hard",
-    *,
-    skip: float = 0.0,
-    classes: Tensor | None = None,
-    balance: float = 0.0,
-    seed: int = 0,
-) -> Tensor:
-    """Numbers of the samples that are kept, rising, int64.
-
-    Args:
-        values: Scores, (samples,); higher is harder.
-        keep: Share that is kept; ``round(keep * samples)`` of them.
-        mode: ``"hard"``: the highest scores. ``"easy"``: the lowest. ``"random"``: the control.
-        skip: Share of the samples, the very hardest, that is left out first: wrong labels are among them.
-        classes: (samples,), for ``balance``.
-        balance: Share of each class's part that is kept in any case: 0.5 keeps half of what a fair share would be.
-        seed: For ``"random"``, and for the order of equal scores.
-
-    Raises:
-        ValueError: shares outside their range, or more to keep than there are.
-    """
-    count = len(values)
-    if (
-        not 0 < keep <= 1
-        or not 0 <= skip < 1
-        or not 0 <= balance <= 1
-        or round(keep * count) > count - round(skip * count)
-    ):
-        raise ValueError(f"keep={keep}, skip={skip}, balance={balance}: give shares that leave enough to keep.")
-    if mode not in ("hard", "easy", "random"):
-        raise ValueError(f"mode={mode!r} is none of: hard, easy, random.")
-    if balance and classes is None:
-        raise ValueError(f"balance={balance} needs the classes of the samples.")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    if mode != "random":
-        order = order[values[order].argsort(descending=True, stable=True)]
-        order = order[round(skip * count) :]
-        order = order.flip(0) if mode == "easy" else order
-    wanted = round(keep * count)
-    first: list[int] = []
-    if balance:
-        for one in classes.unique():
-            mine = order[classes[order] == one]
-            first += mine[: int(balance * keep * int((classes == one).sum()))].tolist()
-    sure = set(first)
-    rest = [index for index in order.tolist() if index not in sure]
-    return torch.tensor((first + rest)[:wanted], dtype=torch.int64).sort().values
+def _lengths(pl_module: LightningModule, batch: Any, *arguments: Any) -> Iterator[Tensor]:
+    """Of the gradient of each sample's loss by all trained weights, each (1,)."""
+    weights = [weight for weight in pl_module.parameters() if weight.requires_grad]
+    with muted(pl_module), evaluating(pl_module):
+        for number in range(size(batch)):
+            with torch.enable_grad():
+                output = pl_module.training_step(rows(batch, torch.tensor([number])), *arguments)
+                loss = output if isinstance(output, Tensor) else output["loss"]
+                gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+            squares = [gradient.float().square().sum() for gradient in gradients if gradient is not None]
+            yield torch.stack(squares).sum().sqrt().reshape(1).cpu()
 
 
 def _checksum(sample: Any) -> int:
