@@ -104,7 +104,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--show", action="store_true", help="print what is stored, and draw it")
     given = parser.parse_args()
-    stored = given.out / f"data_scores-curves-vit-{given.size}.json"
+    stored = given.out / f"pruning-curves-vit-{given.size}.json"
     if not given.show:
         measure(given.size, given.seeds, stored)
     show(json.loads(stored.read_text()), stored.with_suffix(".png"))

@@ -95,7 +95,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--show", action="store_true", help="print what is stored")
     given = parser.parse_args()
-    file = given.out / f"data_scores-noise-vit-{given.size}.json"
+    file = given.out / f"pruning-noise-vit-{given.size}.json"
     found = json.loads(file.read_text()) if file.exists() else {}
     for seed in range(0 if given.show else given.seeds):
         for share in SHARES:
