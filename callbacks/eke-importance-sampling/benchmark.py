@@ -1,6 +1,7 @@
 """Measure importance sampling: as many steps of a Vision Transformer, each on half of its batch.
 
-Or on whole batches of samples that are drawn by what was seen of them before.
+Or on whole batches of samples that are drawn by what was seen of them before. And of a byte-level GPT, by the loss of
+a sequence.
 
 python benchmark.py --size cpu --out ../../benchmarks/cpu-2core
 """
@@ -26,5 +27,17 @@ DRAWN = Benchmark(
     },
 )
 
+SEQUENCES = Benchmark(
+    "importance_sampling",
+    variants={"half, always, by the loss": {"importance_sampling": {"keep": 0.5, "by": "loss", "threshold": 0.0}}},
+    controls={"half, as it comes": {"importance_sampling": {"keep": 0.5, "by": "loss", "threshold": 1e9}}},
+    shape={"smoke": {"blocks": 2, "width": 32}, "cpu": {"blocks": 2, "width": 64}, "gpu": {"blocks": 8, "width": 512}},
+    smaller={
+        "smoke": {"blocks": 1, "width": 32},
+        "cpu": {"blocks": 1, "width": 64},
+        "gpu": {"blocks": 4, "width": 512},
+    },
+)
+
 if __name__ == "__main__":
-    sys.exit(main_of(DRAWN))
+    sys.exit(main_of(DRAWN, SEQUENCES))

@@ -1,4 +1,4 @@
-"""Measure selective backprop: as many steps of a Vision Transformer, some of them on half of their batch.
+"""Measure selective backprop: as many steps of a Vision Transformer, and of a byte-level GPT, some on half of a batch.
 
 python benchmark.py --size cpu --out ../../benchmarks/cpu-2core
 """
@@ -22,5 +22,16 @@ SELECTED = Benchmark(
     },
 )
 
+SEQUENCES = Benchmark(
+    "selective_backprop",
+    variants={"half, every second step of the window": {"selective_backprop": {}}},
+    shape={"smoke": {"blocks": 2, "width": 32}, "cpu": {"blocks": 2, "width": 64}, "gpu": {"blocks": 8, "width": 512}},
+    smaller={
+        "smoke": {"blocks": 1, "width": 32},
+        "cpu": {"blocks": 1, "width": 64},
+        "gpu": {"blocks": 4, "width": 512},
+    },
+)
+
 if __name__ == "__main__":
-    sys.exit(main_of(SELECTED))
+    sys.exit(main_of(SELECTED, SEQUENCES))

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 WEIGHTS = torch.tensor([0.5, 2.0, 1.0])
 
 
-def heard(step, weights=None, samples=3):
-    with hearing(samples, lambda losses: weights) as ears:
+def heard(step, weights=None, samples=3, batch=None):
+    with hearing(samples, lambda losses: weights, batch) as ears:
         loss = step()
     return loss, ears.check()
 
@@ -80,6 +80,34 @@ def test_what_is_not_beyond_doubt_is_refused():
     ):
         with pytest.raises(LossError, match=said):
             heard(step)
+
+
+@pytest.mark.parametrize("ahead", [slice(1, None), slice(0, 4), slice(None)])
+def test_copied_and_flattened_targets_are_found_again_in_the_batch(ahead):
+    batch = {"ids": torch.randint(0, 7, (3, 5)), "other": torch.randn(3, 2)}
+    targets = batch["ids"][:, ahead].clone()
+    targets[1, 1] = -100
+    logits = torch.randn(*targets.shape, 7)
+    loss, losses = heard(lambda: F.cross_entropy(logits.flatten(0, 1), targets.flatten()), batch=batch)
+    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+    each = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    torch.testing.assert_close(losses, each.sum(1) / (targets != -100).sum(1))
+
+
+def test_flattened_targets_that_may_be_read_otherwise_are_refused():
+    ids, logits = torch.arange(15).reshape(3, 5) % 7, torch.randn(12, 7)
+    alike = torch.ones(3, 5, dtype=torch.int64)
+    nothing = torch.full((3, 5), -100)
+    for targets, batch in (
+        (ids[:, 1:].T.flatten(), ids),  # a position after the other
+        (torch.cat([ids[:, 1:2].flatten()] * 4), ids),
+        (alike[:, 1:].flatten(), alike),  # either way
+        (nothing[:, 1:].flatten(), ids),
+        ((ids[:, 1:].flatten() + 2) % 7, ids),
+        (ids[:, 1:].flatten(), ids.float()),
+    ):
+        with pytest.raises(LossError, match="which loss belongs to which sample is not known"):
+            heard(lambda targets=targets: F.cross_entropy(logits, targets), batch=batch)
 
 
 def test_unreduced_losses_pass_and_outside_nothing_is_caught():

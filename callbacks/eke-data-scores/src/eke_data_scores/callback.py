@@ -92,7 +92,7 @@ class Score(TechniqueCallback):
 
     def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
         numbers = self._samples.batch(self._batch_idx)
-        with hearing(len(numbers), lambda losses: None) as heard:
+        with hearing(len(numbers), lambda losses: None, batch) as heard:
             output = call_next(batch, *args)
         self._heard.append((numbers, self._value(heard)))
         return output

@@ -119,8 +119,9 @@ class ImportanceSampling(TechniqueCallback):
         count = max(1, round(self.keep * presample))
         self._kind = "looks" if self._gain >= self.threshold else "plain"
         if self._kind == "plain":
-            with hearing(count, lambda losses: None) as heard:
-                output = call_next(rows(batch, torch.arange(count)), *args)
+            first = rows(batch, torch.arange(count))
+            with hearing(count, lambda losses: None, first) as heard:
+                output = call_next(first, *args)
             self._observe(self._scores(heard))
             return output
         looked = overheard(self._module, call_next, batch, *args)
@@ -129,8 +130,9 @@ class ImportanceSampling(TechniqueCallback):
         # A loss over tokens divides by those of the batch at hand; the mean is over those of the presample.
         tokens = looked.valid.flatten(1).sum(1).cpu() if looked.valid.ndim > 1 else looked.valid.cpu()
         weights = weights * float(tokens[chosen].sum() / (count * tokens.mean()).clamp(min=1e-9))
-        with hearing(count, lambda losses: weights) as heard:
-            output = call_next(rows(batch, chosen), *args)
+        drawn = rows(batch, chosen)
+        with hearing(count, lambda losses: weights, drawn) as heard:
+            output = call_next(drawn, *args)
         heard.check()
         self._observe(scores)
         return output

@@ -121,7 +121,7 @@ class RAIS(TechniqueCallback):
     def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
         numbers = self._samples.batch(self._batch_idx)
         weights = None if self._samples.order is None else self._weights[numbers].float()
-        with hearing(len(numbers), lambda losses: weights) as heard:
+        with hearing(len(numbers), lambda losses: weights, batch) as heard:
             output = call_next(batch, *args)
         heard.check()
         self._heard.append((numbers, error_norms(heard)))

@@ -126,7 +126,7 @@ class InfoBatch(TechniqueCallback):
             return call_next(batch, *args)
         numbers = self._samples.batch(self._batch_idx)
         weights = self._weights[numbers].float()
-        with hearing(len(numbers), lambda losses: None if bool((weights == 1).all()) else weights) as heard:
+        with hearing(len(numbers), lambda losses: None if bool((weights == 1).all()) else weights, batch) as heard:
             output = call_next(batch, *args)
         self._heard.append((numbers, heard.check()))
         return output

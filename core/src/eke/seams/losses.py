@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from eke.seams.batch import tensors
 from eke.spec import EkeError
 
 Weigh = Callable[[Tensor], Tensor | None]
@@ -61,10 +62,11 @@ class Hearing:
     Args:
         samples: In the batch.
         weigh: Each sample's loss, (batch,), float32 and without graph, to its weight, or to None for all alike.
+        batch: What the step trains on: tokens that were flattened are found in it again.
     """
 
-    def __init__(self, samples: int, weigh: Weigh) -> None:
-        self.samples, self.weigh = samples, weigh
+    def __init__(self, samples: int, weigh: Weigh, batch: Any = None) -> None:
+        self.samples, self.weigh, self.batch = samples, weigh, batch
         self.losses: Tensor | None = None  # (batch,), float32
         self.valid: Tensor | None = None  # (batch,) or (batch, length): what counts, 0 or 1
         self.source = ""
@@ -109,9 +111,9 @@ class Hearing:
 
 
 @contextmanager
-def hearing(samples: int, weigh: Weigh) -> Iterator[Hearing]:
+def hearing(samples: int, weigh: Weigh, batch: Any = None) -> Iterator[Hearing]:
     """Hear and weigh the losses of the samples of one step inside."""
-    heard = Hearing(samples, weigh)
+    heard = Hearing(samples, weigh, batch)
     token = _hearing.set(heard)
     try:
         with _CrossEntropy(heard):
@@ -146,10 +148,11 @@ class _CrossEntropy(TorchFunctionMode):
         target = given["target"]
         self._refuse_contrast(given["input"], target)
         losses = func(**{**given, "reduction": "none"})
+        ignored = given.get("ignore_index", -100)
         valid = torch.ones_like(losses)
         if not target.is_floating_point():  # classes, and not their probabilities
-            valid = (target != given.get("ignore_index", -100)).to(losses.dtype)
-        rows = self._rows(losses, target)
+            valid = (target != ignored).to(losses.dtype)
+        rows = self._rows(losses, target, ignored)
         self.heard.logits, self.heard.target = given["input"].detach(), target
         self.heard.smoothing = given.get("label_smoothing", 0.0)
         return self.heard.reduce(losses.reshape(rows), valid.reshape(rows), "cross_entropy")
@@ -165,16 +168,44 @@ class _CrossEntropy(TorchFunctionMode):
                 "are classes after all, take reduction='none' and return eke.reduce_loss(losses)."
             )
 
-    def _rows(self, losses: Tensor, target: Tensor) -> tuple[int, ...]:
-        """Shape of the losses by sample. Tokens may have been flattened, which a view shows; views of images that were
-        put one behind the other look the same in number only."""
+    def _rows(self, losses: Tensor, target: Tensor, ignored: int) -> tuple[int, ...]:
+        """Shape of the losses by sample. Tokens may have been flattened, which a view or the batch shows; views of
+        images that were put one behind the other look the same in number only."""
         samples, base = self.heard.samples, target._base
         if losses.ndim and len(losses) == samples:
             return (samples,) if losses.numel() == samples else (samples, -1)
-        if losses.ndim == 1 and base is not None and base.ndim == 2 and base.shape[0] == samples:
-            if base.numel() == losses.numel():
+        if losses.ndim == 1 and losses.numel() == target.numel() and target.numel() % samples == 0:
+            whole = base is not None and base.ndim == 2 and base.numel() == target.numel()
+            if (whole and base.shape[0] == samples) or flattened_rows(target, samples, self.heard.batch, ignored):
                 return (samples, -1)
         raise LossError(
             f"cross_entropy got targets of shape {tuple(target.shape)} in a step on {samples} samples: which loss "
             "belongs to which sample is not known. Take reduction='none' and return eke.reduce_loss(losses)."
         )
+
+
+def flattened_rows(target: Tensor, samples: int, batch: Any, ignored: int = -100) -> bool:
+    """Whether flat targets are one sample's tokens after the other's, beyond doubt.
+
+    They are if they agree, but for those ignored, with the first or the last tokens of each row of a tensor of the
+    batch, and would not if they were read column by column.
+
+    Args:
+        target: (samples * length,), integer.
+        samples: In the batch.
+        batch: As the step got it.
+        ignored: The class that does not count.
+    """
+    by_row, by_column = target.reshape(samples, -1), target.reshape(-1, samples).T
+    length = by_row.shape[1]
+
+    def agrees(read: Tensor, tokens: Tensor) -> bool:
+        ends = (tokens[:, :length], tokens[:, -length:])
+        return any(bool(((read == end) | (read == ignored)).all()) for end in ends)
+
+    for tokens in tensors(batch):
+        integer = not tokens.is_floating_point() and tokens.device == target.device
+        if integer and tokens.ndim == 2 and len(tokens) == samples and tokens.shape[1] >= length > 1:
+            if agrees(by_row, tokens):
+                return not agrees(by_column, tokens)
+    return False

@@ -39,7 +39,7 @@ def overheard(pl_module: LightningModule, step: Callable[..., Any], batch: Any, 
         BatchError: a batch whose number of samples is not known.
     """
     silent = muted(pl_module), evaluating(pl_module), torch.no_grad()
-    with silent[0], silent[1], silent[2], hearing(size(batch), lambda losses: None) as heard:
+    with silent[0], silent[1], silent[2], hearing(size(batch), lambda losses: None, batch) as heard:
         step(batch, *args)
     torch.clear_autocast_cache()
     heard.check()
