@@ -1,0 +1,25 @@
+"""Tells the eke registry what this distribution provides."""
+
+from eke import Technique, hookimpl
+
+_SCALES = "A batch in two parts has other scales than the whole, and so another rounding."
+
+RECORD = Technique(
+    name="fp8",
+    kind="plugin",
+    factory="eke_fp8:FP8",
+    paper="https://arxiv.org/abs/2209.05433",
+    survey="3.1 Quantized training",
+    effects=("changes precision",),
+    exactness="approximate",
+    exceptions={
+        "test_accumulated_gradients_equal_the_big_batch": _SCALES,
+        "test_it_costs_nothing_when_it_has_nothing_to_do": "There is no step in which it has nothing to do.",
+        "test_two_processes_equal_one": _SCALES,
+    },
+)
+
+
+@hookimpl
+def eke_technique() -> Technique:
+    return RECORD
