@@ -62,7 +62,7 @@ def headlines(results: Path, name: str) -> str:
     """What the technique's comparisons and timings concluded."""
     found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(results.glob(f"{name}-*-cpu.json"))]
     own = [one for one in found if one.get("name", name) == name]  # a composition begins with its first technique, too
-    return "; ".join(one["headline"] for one in own if one["headline"]) or "not measured yet"
+    return "; ".join(one["headline"] for one in own if one.get("headline")) or "not measured yet"
 
 
 def when_not(readme: Path) -> str:

@@ -20,7 +20,7 @@ from eke_bench.workloads import load
 from eke_fp8 import FP8
 from lightning.pytorch import Trainer, seed_everything
 
-SHAPE = {"smoke": {"blocks": 2, "width": 32}, "cpu": {"blocks": 4, "width": 64}, "gpu": {"blocks": 8, "width": 512}}
+SHAPE = {"smoke": {"blocks": 2, "width": 32}, "cpu": {"blocks": 2, "width": 64}, "gpu": {"blocks": 8, "width": 512}}
 WIDE = {"blocks": 4, "width": 2048}  # of the GPU's step: products that FP8 is for
 RATE = {"smoke": 0.004, "cpu": 0.004, "gpu": 0.001}
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -117,5 +117,5 @@ if __name__ == "__main__":
                     found[f"wide | {label} | {seed}"] = train("gpu", label, seed, 60, WIDE)
                     file.write_text(json.dumps({"runs": found}, indent=1))
     if found and not given.show:
-        file.write_text(json.dumps({"runs": found, "verdict": headline(found, given.size)}, indent=1))
+        file.write_text(json.dumps({"runs": found, "headline": headline(found, given.size)}, indent=1))
     show(found, given.size)

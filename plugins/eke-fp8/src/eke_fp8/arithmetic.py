@@ -77,15 +77,16 @@ def shift_and_squeeze(x: Tensor) -> Tensor:
     Source:
         Cambier et al. 2020, equations 2 to 5.
     """
-    logs = x.double().abs().log2()
+    x = x.float()
+    logs = x.abs().log2()
     there = (x != 0) & x.isfinite()
     if not there.any():
-        return x.float()
-    mean, top = logs[there].mean(), logs[there].max()
-    alpha = torch.where(top > mean, 15 / (top - mean), 1.0)
-    beta = torch.where(top > mean, -alpha * mean, 15 - top)
-    squeezed = to_float8(torch.exp2(beta + alpha * logs), E5M2).double()
-    return (x.sign() * torch.exp2((squeezed.log2() - beta) / alpha)).float().where(there, x.float())
+        return x
+    mean, top = logs[there].double().mean(), logs[there].max().double()
+    alpha = torch.where(top > mean, 15 / (top - mean), 1.0).float()
+    beta = torch.where(top > mean, -alpha * mean, 15 - top).float()
+    squeezed = to_float8(torch.exp2(beta + alpha * logs), E5M2).float()
+    return (x.sign() * torch.exp2((squeezed.log2() - beta) / alpha)).where(there, x)
 
 
 def chunked_product(a: Tensor, b: Tensor, chunk: int = 64) -> Tensor:
