@@ -98,6 +98,14 @@ class TechniqueCallback(Callback):
         """What the cost of the coming step depends on, such as ``"4 of 8 blocks"``: benchmarks charge steps by kind."""
         return ""
 
+    def on_this_machine(self) -> str:
+        """What the technique would take here, and why, for ``eke check``: ``"by torchao (the first that ...)"``.
+
+        Raises:
+            EkeError: it cannot run here.
+        """
+        return ""
+
     @property
     def clock(self) -> Clock:
         """Steps, batches, samples and tokens done so far."""

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from eke.__main__ import main
 from eke.testing import TinyBlocks, TinyGPT2, TinyTransformer, TinyViT, hugging_face
 from eke.testing.data import Images, Tokens, shuffled
 from eke_attention import (
@@ -479,6 +480,14 @@ def test_a_run_says_which_kernel_was_taken_and_why(caplog):
         "kernel gather (FlexAttention has no backward on a CPU), pattern SlidingWindow(size=4, sinks=0, block=64)"
         in said
     )
+
+
+def test_eke_check_says_which_kernel_would_be_taken(capsys):
+    assert main(["check", "attention"]) == 0
+    assert "On this machine: attention by kernel sdpa (torch takes its best kernel" in capsys.readouterr().out
+    if not torch.cuda.is_available():
+        assert main(["check", "attention:kernel=cudnn"]) == 1
+        assert "it needs a GPU" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kernel", ["cudnn", "flash-attn"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from eke.__main__ import main
 from eke.testing import TinyBlocks, TinyGPT2, TinyTransformer
 from eke.testing.data import Tokens, shuffled
 from eke_fp8 import FP8, FP8Error, chunked_product, round_to, shift_and_squeeze, to_float8
@@ -266,17 +267,13 @@ def test_chunked_weights_stay_in_16_bits():
 
 
 def test_evaluation_of_torchs_own_layers_multiplies_in_fp8_too():
-    module = TinyTransformer()
-    seen = []
-
-    class Looking(FP8):
-        def on_validation_start(self, trainer, pl_module):
-            for part in pl_module.modules():
-                if isinstance(part, EmulatedLinear):
-                    part.register_forward_hook(lambda *_: seen.append(1))
-
-    Trainer(callbacks=[Looking()], **QUIET).validate(module, shuffled(Tokens(16)), verbose=False)
-    assert seen
+    losses = []
+    for callbacks in ([], [FP8()]):
+        torch.manual_seed(0)
+        trainer = Trainer(callbacks=callbacks, **QUIET)
+        losses.append(trainer.validate(TinyTransformer(), shuffled(Tokens(16)), verbose=False)[0]["val_loss"])
+    assert losses[0] != losses[1]  # torch's layers read the weights of their parts, unless these have hooks
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
 def test_lightnings_own_plugin_beside_it_is_refused():
@@ -288,6 +285,14 @@ def test_lightnings_own_plugin_beside_it_is_refused():
     trainer.strategy._precision_plugin = Precision()
     with pytest.raises((FP8Error, MisconfigurationException), match="converts layers too"):
         trainer.fit(TinyBlocks(), shuffled(Tokens(16)))
+
+
+def test_eke_check_says_what_would_multiply(capsys):
+    assert main(["check", "fp8"]) == 0
+    assert "On this machine: fp8 by " in capsys.readouterr().out
+    if not torch.cuda.is_available():
+        assert main(["check", "fp8:backend=te"]) == 1
+        assert "REFUSED: FP8(backend='te') cannot run here" in capsys.readouterr().out
 
 
 @pytest.mark.gpu

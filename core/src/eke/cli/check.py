@@ -18,6 +18,7 @@ class Report:
     techniques: list[Technique] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)  # what stands in the file and is not of Eke
     refusals: list[str] = field(default_factory=list)
+    here: list[str] = field(default_factory=list)  # what techniques would take on this machine
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,10 @@ def examine(given: list[str]) -> Report:
             found, foreign = _from_command_line(trainer, file)
             asked += found
             report.foreign += foreign
-    report.refusals += [refusal for one in asked for refusal in _argument_errors(one)]
+    for one in asked:
+        refusals, here = _try(one)
+        report.refusals += refusals
+        report.here += here
     records = [one.record for one in asked]
     try:
         report.techniques = compose.order(records)
@@ -72,6 +76,7 @@ def render(report: Report) -> str:
             lines.append(f"  {place}. {record.name.ljust(width)}  {', '.join(record.effects) or 'touches nothing'}")
             if record.needs:
                 lines.append(f"     {' ' * width}  needs {', '.join(record.needs)}")
+    lines += [f"On this machine: {one}" for one in report.here]
     lines += [f"Not of Eke, order and conflicts unknown: {one}" for one in report.foreign]
     lines += [f"REFUSED: {one}" for one in report.refusals]
     if not report.techniques:
@@ -89,15 +94,17 @@ def _from_recipe(asked: dict[str, dict[str, Any]]) -> list[_Asked]:
     return found
 
 
-def _argument_errors(asked: _Asked) -> list[str]:
+def _try(asked: _Asked) -> tuple[list[str], list[str]]:
+    """What is wrong with the arguments, and what the technique would take on this machine."""
     try:
         registry.check_arguments(asked.record, asked.arguments)
-        asked.build()
+        built = asked.build()
+        here = built.on_this_machine() if hasattr(built, "on_this_machine") else ""
     except EkeError as error:
-        return [str(error)]
+        return [str(error)], []
     except Exception as error:  # what a constructor says about a value, in whatever class it says it
-        return [f"{asked.record.name}: {' '.join(str(error).split())}"]
-    return []
+        return [f"{asked.record.name}: {' '.join(str(error).split())}"], []
+    return [], [f"{asked.record.name} {here}"] if here else []
 
 
 def _trainer_section(content: dict[Hashable, Any]) -> dict[str, Any] | None:

@@ -83,6 +83,12 @@ class Attention(TechniqueCallback):
         if trainer.state.fn == "fit":
             self._kept = {}  # a new run; one that goes on gets its own back after this
 
+    def on_this_machine(self) -> str:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if why := refusal(self.kernel, device):
+            raise AttentionError(f"Attention(kernel={self.kernel!r}) cannot run here: {why}. Take kernel='auto'.")
+        return "by kernel {} ({})".format(*self._choose(device))
+
     def _choose(self, device: torch.device) -> tuple[str, str]:
         if self.kernel != "auto":
             return self.kernel, "as demanded"

@@ -162,6 +162,10 @@ class FP8(TechniqueCallback):
         self._used, self._why = pick(self.backend, self.recipe, trainer.strategy.root_device)
         self._kept = {}  # a new run; one that goes on gets its own back after this
 
+    def on_this_machine(self) -> str:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return "by {} ({})".format(*pick(self.backend, self.recipe, device))
+
     def alter_model(self, pl_module: LightningModule) -> None:
         if self._converted:
             return
@@ -184,6 +188,8 @@ class FP8(TechniqueCallback):
             build = torchao_linear(self.recipe) if self._used == "torchao" else te_linear()
             for name in choice.taken:
                 self._converted[name] = put(pl_module, name, build(pl_module.get_submodule(name)))
+        for name in choice.taken:
+            pl_module.get_submodule(name).register_forward_pre_hook(_nothing)
 
     def _announce(self, choice: Choice, device: torch.device) -> None:
         text = f"FP8: {len(choice.taken)} linear layers, recipe {self.recipe}, by {self._used} ({self._why})."
@@ -202,6 +208,9 @@ class FP8(TechniqueCallback):
             for name, own in self._converted.items():
                 put(pl_module, name, own)
         for part in pl_module.modules():  # and not by name: blocks may have been copied
+            for number, hook in list(part._forward_pre_hooks.items()):
+                if hook is _nothing:
+                    del part._forward_pre_hooks[number]
             if type(part) is EmulatedLinear:
                 part.__class__ = nn.Linear
                 del part.eke_fp8
@@ -264,6 +273,10 @@ class FP8(TechniqueCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_module": None, "_converted": {}}  # a copy meets its model anew
+
+
+def _nothing(layer: nn.Module, args: tuple[Any, ...]) -> None:
+    """A hook: without one, torch's encoder layers read a layer's weights in evaluation and never call it."""
 
 
 def _listed(left: dict[str, str]) -> str:
