@@ -83,6 +83,29 @@ def test_sdpa_and_gathered_blocks_give_what_is_written_down(case, dtype):
             torch.testing.assert_close(mine, other, rtol=rtol, atol=atol)
 
 
+def test_vitcods_autoencoder_is_a_projection_that_learns():
+    torch.manual_seed(0)
+    pattern, layer = ViTCoD(autoencoder=True, collect=1000, lr=0.01), {}
+    shared = torch.randn(3, 2, 10, 16)
+    mix = torch.randn(4, 2)
+    query = torch.einsum("brnd,hr->bhnd", shared, mix)  # four heads out of two directions
+    one = Call(query, query, query)
+    losses = []
+    for _ in range(300):
+        coded = pattern.transform(one, layer, True)
+        losses.append(float((coded.query - query).norm()))
+        coded.query.sum().mul(0).backward()  # the loss itself says nothing
+        pattern.after_step({"layer": layer}, 0, lambda tensor: tensor)
+    assert losses[-1] < 0.1 * losses[0]
+    exact = layer["coder"].clone().requires_grad_()
+    rows = torch.einsum("bhnd,hr,gr->bgnd", query, exact[0, 0], exact[0, 1])
+    (1e-4 * (query - rows).norm()).backward()
+    pattern.transform(one, layer, True).query.sum().mul(0).backward()
+    torch.testing.assert_close(layer["leaf"].grad[0], exact.grad[0])
+    with torch.no_grad():
+        assert torch.equal(pattern.transform(one, dict(layer), False).value, one.value)
+
+
 @pytest.mark.parametrize(
     "pattern", [SlidingWindow(9, block=8), SlidingWindow(5, sinks=3, block=16), Prefix(21, block=8)]
 )
@@ -309,7 +332,9 @@ def test_vitcod_keeps_the_fewest_keys_and_moves_global_ones_to_the_front():
 
 
 @pytest.mark.parametrize(
-    "pattern", [Sanger(0.05), ELSA(calibrate=1), A3(), DOTA(0.3, calibrate=1), ViTCoD(0.5, collect=1)], ids=repr
+    "pattern",
+    [Sanger(0.05), ELSA(calibrate=1), A3(), DOTA(0.3, calibrate=1), ViTCoD(0.5, collect=1, autoencoder=True)],
+    ids=repr,
 )
 @pytest.mark.parametrize("model", [TinyBlocks, TinyTransformer, TinyGPT2, TinyViT])
 def test_predictions_train_and_keep_fewer_pairs(pattern, model):

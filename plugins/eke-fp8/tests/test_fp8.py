@@ -276,6 +276,31 @@ def test_evaluation_of_torchs_own_layers_multiplies_in_fp8_too():
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
+def test_emulated_layers_train_under_fsdp2_as_without(tmp_path):
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        found = []
+        for shards in (False, True):
+            torch.manual_seed(0)
+            model = nn.Sequential(emulated(nn.Linear(32, 32), "tensorwise"), nn.GELU(), nn.Linear(32, 16))
+            if shards:
+                mesh = torch.distributed.init_device_mesh("cpu", (1,))
+                fully_shard(model[0], mesh=mesh)
+                fully_shard(model, mesh=mesh)
+            optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+            for _ in range(3):
+                model(torch.randn(8, 32, generator=torch.Generator().manual_seed(1))).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            found.append([getattr(part, "full_tensor", lambda part=part: part)() for part in model.parameters()])
+        for plain, sharded in zip(*found, strict=True):
+            torch.testing.assert_close(plain, sharded)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_lightnings_own_plugin_beside_it_is_refused():
     class Precision(TransformerEnginePrecision):
         def __init__(self):

@@ -34,6 +34,10 @@ class Pattern:
         """Which pairs meet, or None for all of them."""
         raise NotImplementedError
 
+    def transform(self, call: Call, layer: dict[str, Any], training: bool) -> Call:
+        """Change queries and keys before anything else."""
+        return call
+
     def see_batch(self, batch: Any) -> Any:
         """Look at a batch before the step, and return it."""
         return batch
@@ -464,12 +468,32 @@ class DOTA(Predicted):
                 continue
             gradient = reduce(layer.pop("gradient")).cpu()
             layer["steps"] += 1
-            first, second = layer["moments"]
-            first = 0.9 * first + 0.1 * gradient
-            second = 0.999 * second + 0.001 * gradient**2
-            layer["moments"] = torch.stack([first, second])
-            corrected = first / (1 - 0.9 ** layer["steps"]), second / (1 - 0.999 ** layer["steps"])
-            layer["matrices"] = layer["matrices"] - self.lr * corrected[0] / (corrected[1].sqrt() + 1e-8)
+            layer["matrices"], layer["moments"] = adam(
+                layer["matrices"], gradient, layer["moments"], layer["steps"], self.lr
+            )
+
+
+def adam(x: Tensor, gradient: Tensor, moments: Tensor, steps: int, lr: float) -> tuple[Tensor, Tensor]:
+    """One step of Adam, the ``steps``-th, for what a pattern learns beside the model: the new values and moments."""
+    first = 0.9 * moments[0] + 0.1 * gradient
+    second = 0.999 * moments[1] + 0.001 * gradient**2
+    change = first / (1 - 0.9**steps) / ((second / (1 - 0.999**steps)).sqrt() + 1e-8)
+    return x - lr * change, torch.stack([first, second])
+
+
+class AlsoLearns(torch.autograd.Function):
+    """Lets a second loss be learned where the first goes through: values pass, and it gets a gradient of 1.
+
+    Under a loss scale (``precision="16-mixed"``) the second loss counts as much less.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, torch.ones((), device=gradient.device)
 
 
 class ViTCoD(Predicted):
@@ -482,19 +506,59 @@ class ViTCoD(Predicted):
         share: Of a query's mean attention that its kept keys make up.
         collect: Training steps in which attention is averaged.
         prefix: Tokens at the front, such as the class token, that all meet and that meet all.
+        autoencoder: Squeeze queries and keys over their heads to half as many and back. On the authors' chip that saves
+            traffic; anywhere else it adds work.
+        lr: Learning rate of the autoencoder, which has an Adam of its own.
+        weight: Of its error, beside the loss: that of both lengths of what is lost.
         block: Tokens of a block.
 
     Source:
-        You and others, "ViTCoD", HPCA 2023, https://arxiv.org/abs/2210.09573, sections 4 and 5. Departs: exactly as
-        many keys as make up the share, where the authors' code keeps one more. Their autoencoder over heads saves
-        traffic on their chip and adds work anywhere else; it is not built.
+        You and others, "ViTCoD", HPCA 2023, https://arxiv.org/abs/2210.09573, sections 4 and 5. Departs: exactly as many
+        keys as make up the share, where the authors' code keeps one more; the autoencoder begins as a projection, so
+        that it does not scramble a trained model.
     """
 
-    def __init__(self, share: float = 0.5, collect: int = 100, prefix: int = 1, block: int = 64) -> None:
-        if not 0 < share <= 1 or prefix < 0:
-            raise ValueError(f"share={share}, prefix={prefix}: give a share above 0, and 0 or more tokens.")
-        _positive(collect=collect, block=block)
+    def __init__(
+        self,
+        share: float = 0.5,
+        collect: int = 100,
+        prefix: int = 1,
+        autoencoder: bool = False,
+        lr: float = 1e-3,
+        weight: float = 1e-4,
+        block: int = 64,
+    ) -> None:
+        if not 0 < share <= 1 or prefix < 0 or weight < 0:
+            raise ValueError(
+                f"share={share}, prefix={prefix}, weight={weight}: give a share above 0, and 0 or more of the others."
+            )
+        _positive(collect=collect, lr=lr, block=block)
         self.share, self.collect, self.prefix, self.block = share, collect, prefix, block
+        self.autoencoder, self.lr, self.weight = autoencoder, lr, weight
+
+    def transform(self, call: Call, layer: dict[str, Any], training: bool) -> Call:
+        if not self.autoencoder:
+            return call
+        call = repeated(call)
+        heads = call.query.shape[1]
+        if "coder" not in layer:
+            own = torch.Generator().manual_seed(heads)
+            rows = torch.linalg.qr(torch.randn(heads, -(-heads // 2), generator=own)).Q
+            # For queries and keys: how heads are squeezed, and how they come back.
+            layer["coder"] = rows.expand(2, 2, *rows.shape).clone()
+            layer["moments"], layer["coded"] = torch.zeros(2, *layer["coder"].shape), 0
+        coder = layer["coder"].to(call.query.device)
+        if training:
+            if "leaf" not in layer:  # one for all batches of a step
+                layer["leaf"] = coder.detach().requires_grad_()
+            coder = layer["leaf"]
+        found = []
+        for x, (squeeze, back) in zip((call.query, call.key), coder.to(call.query.dtype), strict=True):
+            coded = torch.einsum("bhnd,hr,gr->bgnd", x, squeeze, back)
+            if training and self.weight:
+                coded = AlsoLearns.apply(coded, self.weight * (x - coded).float().norm())
+            found.append(coded)
+        return call._replace(query=found[0], key=found[1])
 
     def keeps(self, call: Call, layer: dict[str, Any], training: bool) -> Tensor | None:
         if "pattern" not in layer:
@@ -518,6 +582,12 @@ class ViTCoD(Predicted):
 
     def after_step(self, layers: dict[str, dict[str, Any]], steps: int, reduce: Any) -> None:
         for layer in layers.values():
+            leaf = layer.pop("leaf", None)
+            if leaf is not None and leaf.grad is not None:
+                layer["coded"] += 1
+                layer["coder"], layer["moments"] = adam(
+                    layer["coder"], reduce(leaf.grad).cpu(), layer["moments"], layer["coded"], self.lr
+                )
             layer["steps"] = layer.get("steps", 0) + bool(layer.pop("now", 0))
             if "sum" in layer and layer["steps"] >= self.collect:
                 layer["pattern"] = covering(reduce(layer.pop("sum")), self.share, self.prefix)

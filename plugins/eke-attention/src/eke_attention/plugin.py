@@ -173,6 +173,7 @@ class Attention(TechniqueCallback):
         if self.pattern is None:
             return KERNELS[self._used](call)
         training = self._training and torch.is_grad_enabled()
+        call = self.pattern.transform(call, site.layer, training)
         if self._used == "masked":
             # Not for a pattern that lets all meet: then there is nothing to mask.
             mod = self.pattern.mod(call, site.layer, training)
@@ -204,7 +205,7 @@ class Attention(TechniqueCallback):
     # ------------------------------------------------------------------ checkpoints
 
     def _memory(self) -> dict[str, dict[str, Any]]:
-        passing = ("input", "gradient", "now")  # of one step alone
+        passing = ("input", "gradient", "now", "leaf")  # of one step alone
         return {
             site.path: {name: value for name, value in site.layer.items() if name not in passing}
             for site in self._sites
