@@ -16,7 +16,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-ALONE = SimpleNamespace(world_size=1)
+ALONE = SimpleNamespace(world_size=1, fit_loop=SimpleNamespace(batch_idx=1))
 DATA = TensorDataset(torch.arange(20))
 
 
@@ -63,7 +63,7 @@ def test_a_loader_gets_its_own_sampler_back():
     chosen._begun = True
     assert (chosen.full, chosen.batches) == (5, 3)
     assert [batch[0].tolist() for batch in loader] == [[10, 11, 12, 13], [14, 15, 16, 17], [18, 19]]
-    assert chosen.batch(1).tolist() == [14, 15, 16, 17]
+    assert chosen.batch().tolist() == [14, 15, 16, 17]
     assert chosen.attach(ALONE, loader) is loader  # a loader may be asked for again
     chosen.detach()
     assert loader.batch_sampler.sampler is before

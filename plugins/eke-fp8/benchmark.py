@@ -25,6 +25,7 @@ WIDE = {"blocks": 4, "width": 2048}  # of the GPU's step: products that FP8 is f
 RATE = {"smoke": 0.004, "cpu": 0.004, "gpu": 0.001}
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 EMULATED = ("tensorwise", "delayed", "rowwise", "block", "mx", "s2fp8", "chunked")
+ONCE = ("mx", "s2fp8", "chunked", "stochastic")  # slow to emulate, or of historical interest: one seed
 REAL = {"te": ("tensorwise", "delayed", "block"), "torchao": ("tensorwise", "rowwise")}
 
 
@@ -84,16 +85,23 @@ def headline(found: dict[str, dict], size: str) -> str:
 
 
 def show(found: dict[str, dict], size: str) -> None:
-    print("| run | nats a byte, least to most | from bf16, equal seeds | ms a step |\n| --- | --- | --- | --- |")
-    by_seed = {name: one["val_loss"] for name, one in found.items()}
+    print("| run | seeds | nats a byte, least to most | from bf16, equal seeds | ms a step |")
+    print("| --- | --- | --- | --- | --- |")
     for label in kinds(size):
         runs = {name.rpartition(" | ")[2]: one for name, one in found.items() if name.rpartition(" | ")[0] == label}
         values = [one["val_loss"] for one in runs.values()]
         if values:
-            apart = [one["val_loss"] - by_seed[f"bf16 | {seed}"] for seed, one in runs.items()]
+            apart = [one["val_loss"] - found[f"bf16 | {seed}"]["val_loss"] for seed, one in runs.items()]
             spread = f"{statistics.fmean(values):.4f}, {min(values):.4f} to {max(values):.4f}"
             took = statistics.median(one["step_ms"] for one in runs.values())
-            print(f"| {label} | {spread} | {min(apart):+.4f} to {max(apart):+.4f} | {took:.1f} |")
+            print(f"| {label} | {len(runs)} | {spread} | {min(apart):+.4f} to {max(apart):+.4f} | {took:.1f} |")
+    wide = [label for label in kinds(size) if f"wide | {label} | 0" in found]
+    if wide:
+        print(f"\n| {WIDE['blocks']} blocks of width {WIDE['width']} | ms a step | peak MiB |\n| --- | --- | --- |")
+    for label in wide:
+        runs = [one for name, one in found.items() if name.rpartition(" | ")[0] == f"wide | {label}"]
+        took, peak = (statistics.median(one[of] for one in runs) for of in ("step_ms", "peak_mib"))
+        print(f"| {label} | {took:.1f} | {peak:,.0f} |")
 
 
 if __name__ == "__main__":
@@ -107,7 +115,8 @@ if __name__ == "__main__":
     found = json.loads(file.read_text())["runs"] if file.exists() else {}
     for seed in range(0 if given.show else given.seeds):
         for label in kinds(given.size):
-            if f"{label} | {seed}" not in found:
+            once = given.size != "gpu" and any(word in label for word in ONCE)
+            if f"{label} | {seed}" not in found and not (once and seed):
                 found[f"{label} | {seed}"] = {**train(given.size, label, seed), "torch": torch.__version__}
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(json.dumps({"runs": found}, indent=1))

@@ -220,9 +220,14 @@ def test_sanger_keeps_what_its_few_bits_say():
     scored = few[0] @ few[1].transpose(-1, -2) / 4
     predicted = scored.masked_fill(~torch.ones(12, 12, dtype=torch.bool).tril(), -torch.inf).softmax(-1)
     assert torch.equal(kept, predicted > 0.08)
-    before = layer["query"].clone()
-    Sanger(0.08, decay=0.5).mod(one._replace(query=one.query.flip(0) * 1.0), layer, True)
-    assert layer["query"] == pytest.approx(float(before))  # lengths do not count
+    before, pattern = layer["query"].clone(), Sanger(0.08, decay=0.75)
+    pattern.mod(one._replace(query=one.query * 9), layer, True)  # lengths do not count
+    pattern.after_step({"layer": layer}, 1, lambda tensor: tensor)
+    assert layer["query"] == pytest.approx(float(before))
+    even = one._replace(query=torch.ones_like(one.query))
+    assert torch.equal(pairs(pattern, even, dict(layer), True), pairs(pattern, even, layer, True))
+    pattern.after_step({"layer": layer}, 1, lambda tensor: tensor)
+    assert layer["query"] == pytest.approx(float(0.75 * before + 0.25 / 4))
 
 
 def test_a3_gives_the_worked_example():
@@ -277,6 +282,8 @@ def test_elsa_learns_its_threshold_and_then_keeps_near_keys():
     one = Call(query * 2, key, key)
     for _ in range(2):
         assert pattern.mod(one, layer, True) is None
+        assert pattern.mod(one, layer, True) is None  # as activation checkpointing asks
+        pattern.after_step({"layer": layer}, 1, lambda tensor: tensor)
     attention = naive(Call(one.query, one.key, torch.eye(64).expand(1, 2, -1, -1)))
     longest = key.norm(dim=-1).amax(-1)[..., None, None]
     relative = (one.query @ key.transpose(-1, -2)) / (one.query.norm(dim=-1, keepdim=True) * longest)
@@ -537,6 +544,11 @@ def test_layers_are_chosen_by_name():
         Trainer(callbacks=[Attention(layers=["nowhere"])], **QUIET).validate(
             TinyBlocks(), shuffled(Tokens(16)), verbose=False
         )
+
+
+def test_documents_are_refused_in_prediction():
+    with pytest.raises(AttentionError, match="does not see the batches of a prediction"):
+        Trainer(callbacks=[Attention(Documents(3))], **QUIET).predict(TinyBlocks(), shuffled(Tokens(16)))
 
 
 @pytest.mark.gpu

@@ -62,7 +62,6 @@ class Score(TechniqueCallback):
         self._last = torch.zeros(0)  # of each sample: what the last finished epoch gave
         self._forgot = torch.zeros(0)
         self._learned = torch.zeros(0)
-        self._batch_idx = 0
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":
@@ -87,11 +86,8 @@ class Score(TechniqueCallback):
         self._samples.detach()
         self._trainer = None
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._batch_idx = batch_idx
-
     def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
-        numbers = self._samples.batch(self._batch_idx)
+        numbers = self._samples.batch()
         with hearing(len(numbers), lambda losses: None, batch) as heard:
             output = call_next(batch, *args)
         self._heard.append((numbers, self._value(heard)))
@@ -127,7 +123,7 @@ class Score(TechniqueCallback):
         self._heard = [(state["numbers"], state["values"])]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_trainer": None, "_samples": Samples()}  # a copy meets its data anew
+        return {**super().__getstate__(), "_trainer": None}
 
     def _value(self, heard: Any) -> Tensor:
         losses = heard.check()
@@ -212,4 +208,4 @@ class Pruned(TechniqueCallback):
         self._samples.begin(trainer)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_trainer": None, "_samples": Samples()}  # a copy meets its data anew
+        return {**super().__getstate__(), "_trainer": None}

@@ -89,7 +89,6 @@ class RAIS(TechniqueCallback):
         self._samples = Samples()
         self._norms = self._age = self._weights = torch.zeros(0)
         self._heard: list[tuple[Tensor, Tensor]] = []  # of this process, since the epoch began
-        self._batch_idx = 0
         self.gain = 1.0
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -115,11 +114,8 @@ class RAIS(TechniqueCallback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._samples.begin(trainer)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._batch_idx = batch_idx
-
     def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
-        numbers = self._samples.batch(self._batch_idx)
+        numbers = self._samples.batch()
         weights = None if self._samples.order is None else self._weights[numbers].float()
         with hearing(len(numbers), lambda losses: weights, batch) as heard:
             output = call_next(batch, *args)
@@ -157,4 +153,4 @@ class RAIS(TechniqueCallback):
         self._heard = [(state["numbers"], state["heard"])]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_trainer": None, "_samples": Samples()}  # a copy meets its data anew
+        return {**super().__getstate__(), "_trainer": None}

@@ -88,7 +88,6 @@ class InfoBatch(TechniqueCallback):
         self._samples = Samples()
         self._scores = self._seen = self._weights = torch.zeros(0)
         self._heard: list[tuple[Tensor, Tensor]] = []  # of this process, since the epoch began
-        self._batch_idx = 0
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":
@@ -118,13 +117,10 @@ class InfoBatch(TechniqueCallback):
         if self.ratio:
             self._samples.begin(trainer)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._batch_idx = batch_idx
-
     def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
         if self.ratio == 0:
             return call_next(batch, *args)
-        numbers = self._samples.batch(self._batch_idx)
+        numbers = self._samples.batch()
         weights = self._weights[numbers].float()
         with hearing(len(numbers), lambda losses: None if bool((weights == 1).all()) else weights, batch) as heard:
             output = call_next(batch, *args)
@@ -156,7 +152,7 @@ class InfoBatch(TechniqueCallback):
         self._heard = [(state["numbers"], state["losses"])]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_trainer": None, "_samples": Samples()}  # a copy meets its data anew
+        return {**super().__getstate__(), "_trainer": None}
 
     def _plan(self, epoch: int) -> None:
         trainer = self._trainer

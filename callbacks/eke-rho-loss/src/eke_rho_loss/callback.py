@@ -74,7 +74,6 @@ class RhoLoss(TechniqueCallback):
         self._module: LightningModule | None = None
         self._samples = Samples()
         self._irreducible = torch.zeros(0)
-        self._batch_idx = 0
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":
@@ -99,16 +98,13 @@ class RhoLoss(TechniqueCallback):
         self._samples.detach()
         self._trainer = self._module = None
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._batch_idx = batch_idx
-
     def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
         if self.keep == 1:
             return call_next(batch, *args)
         losses = overheard(self._module, call_next, batch, *args).losses
         irreducible = torch.zeros(len(losses))
         if self.file != ZERO:
-            irreducible = self._irreducible[self._samples.batch(self._batch_idx)]
+            irreducible = self._irreducible[self._samples.batch()]
         count = max(1, round(self.keep * len(losses)))
         return call_next(rows(batch, reducible(losses, irreducible, count)), *args)
 
@@ -119,4 +115,4 @@ class RhoLoss(TechniqueCallback):
         self._samples.load_state_dict(state["samples"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_trainer": None, "_module": None, "_samples": Samples()}
+        return {**super().__getstate__(), "_trainer": None, "_module": None}

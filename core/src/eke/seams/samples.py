@@ -39,6 +39,7 @@ class Samples:
         self.kept = torch.ones(0, dtype=torch.bool)
         self.order: Tensor | None = None
         self._tap: IndexTap | None = None
+        self._trainer: Trainer | None = None
         self._loader: DataLoader | None = None
         self._begun = False  # until then, epochs have their full length: schedules are made by it
 
@@ -98,7 +99,7 @@ class Samples:
             raise SamplesError(f"The checkpoint is of a run on {self.count} samples, and the data has {count}.")
         if not self.count:
             self.count, self.kept = count, torch.ones(count, dtype=torch.bool)
-        self._loader = loader
+        self._loader, self._trainer = loader, trainer
         shards = trainer.strategy.distributed_sampler_kwargs if sharded else {}
         # DataLoader forbids setting its samplers; the inner one may be set and needs no new loader.
         loader.batch_sampler.sampler = Chosen(inner, self, shards.get("rank", 0), shards.get("num_replicas", 1))
@@ -110,12 +111,15 @@ class Samples:
         if self._tap is not None:
             self._tap.remove()
             self._loader.batch_sampler.sampler = self._loader.batch_sampler.sampler.inner
-        self._tap = self._loader = None
+        self._tap = self._loader = self._trainer = None
         self._begun = False
 
-    def batch(self, batch_idx: int) -> Tensor:
-        """Numbers of the samples in this batch of this process, int64, (batch,)."""
-        return torch.tensor(self._tap.at(batch_idx), dtype=torch.int64)
+    def batch(self) -> Tensor:
+        """Numbers of the samples in the batch at hand of this process, int64, (batch,). Call it in a training step."""
+        return torch.tensor(self._tap.at(self._trainer.fit_loop.batch_idx), dtype=torch.int64)
+
+    def __reduce__(self) -> tuple[type[Samples], tuple[()]]:
+        return Samples, ()  # a copy of a technique meets its data anew
 
     def state_dict(self) -> dict[str, Any]:
         return {"count": self.count, "kept": self.kept, "order": self.order}

@@ -19,6 +19,8 @@ from eke_attention.kernels import Call, Mod, grid, repeated, scores
 class Pattern:
     """Base of all patterns. One object serves all layers; what belongs to a layer lies in ``layer``, a dict of its own.
 
+    Activation checkpointing asks twice in a step: what a layer knows changes in :meth:`after_step` alone.
+
     Class attributes:
         fixed: The same for every batch: its blocks are found once for each length.
         per_head: Differs from head to head.
@@ -241,15 +243,20 @@ class Sanger(Predicted):
         query, key = F.normalize(call.query.float(), dim=-1), F.normalize(call.key.float(), dim=-1)
         for name, x in (("query", query), ("key", key)):
             now = x.abs().amax().clamp(min=1e-12)
-            if name not in layer:
-                layer[name] = now
-            elif training:
-                layer[name] = self.decay * layer[name].to(now) + (1 - self.decay) * now
+            layer.setdefault(name, now)
+            if training:
+                layer[f"new {name}"] = now
         query = quantize(query, layer["query"].to(query), self.bits)
         key = quantize(key, layer["key"].to(key), self.bits)
         lengths = call.query.float().norm(dim=-1, keepdim=True), call.key.float().norm(dim=-1, keepdim=True)
         predicted = scores(call._replace(query=query * lengths[0], key=key * lengths[1])).softmax(-1)
         return _or_best(predicted > self.threshold, predicted, call)
+
+    def after_step(self, layers: dict[str, dict[str, Any]], steps: int, reduce: Any) -> None:
+        for layer in layers.values():
+            for name in ("query", "key"):
+                if (now := layer.pop(f"new {name}", None)) is not None:
+                    layer[name] = self.decay * layer[name].to(now) + (1 - self.decay) * reduce(now)
 
 
 def _or_best(kept: Tensor, predicted: Tensor, call: Call) -> Tensor:
@@ -298,7 +305,7 @@ class ELSA(Predicted):
         longest = key.norm(dim=-1).amax(-1)[..., None, None]
         if layer.get("steps", 0) < self.calibrate:
             if training:
-                self._learn(call, layer, longest)
+                layer["new"] = self._smallest(call, longest)
             return None
         matrix, bias = self.rotation(query.shape[-1])
         signs = [torch.where(x @ matrix.to(x) > 0, 1.0, -1.0) for x in (query, key)]
@@ -307,18 +314,22 @@ class ELSA(Predicted):
         estimated = cosine * key.norm(dim=-1)[..., None, :]
         return _or_best(estimated > layer["threshold"].to(longest) * longest, estimated, call)
 
-    def _learn(self, call: Call, layer: dict[str, Any], longest: Tensor) -> None:
+    def _smallest(self, call: Call, longest: Tensor) -> Tensor:
+        """Of the close pairs of each query, the smallest score over its lengths; the mean over queries."""
         attention = scores(call).float().softmax(-1)
         free = may_meet(call).expand_as(attention)
         close = (attention > self.strictness / free.sum(-1, keepdim=True)) & free
         products = call.query.float() @ call.key.float().transpose(-1, -2)
         relative = products / (call.query.float().norm(dim=-1, keepdim=True) * longest).clamp(min=1e-12)
         smallest = relative.masked_fill(~close, torch.inf).amin(-1)
-        found = smallest[smallest.isfinite()]
-        if len(found):
-            count = layer.get("steps", 0)
-            before = layer.get("threshold", torch.zeros((), device=found.device)).to(found)
-            layer["threshold"], layer["steps"] = (before * count + found.mean()) / (count + 1), count + 1
+        return smallest[smallest.isfinite()].mean()
+
+    def after_step(self, layers: dict[str, dict[str, Any]], steps: int, reduce: Any) -> None:
+        for layer in layers.values():
+            if (new := layer.pop("new", None)) is not None and bool((new := reduce(new)).isfinite()):
+                count = layer.get("steps", 0)
+                before = layer.get("threshold", torch.zeros_like(new)).to(new)
+                layer["threshold"], layer["steps"] = (before * count + new) / (count + 1), count + 1
 
 
 class A3(Predicted):
@@ -513,9 +524,9 @@ class ViTCoD(Predicted):
         block: Tokens of a block.
 
     Source:
-        You and others, "ViTCoD", HPCA 2023, https://arxiv.org/abs/2210.09573, sections 4 and 5. Departs: exactly as many
-        keys as make up the share, where the authors' code keeps one more; the autoencoder begins as a projection, so
-        that it does not scramble a trained model.
+        You and others, "ViTCoD", HPCA 2023, https://arxiv.org/abs/2210.09573, sections 4 and 5. Departs: exactly as
+        many keys as make up the share, where the authors' code keeps one more; the autoencoder begins as a projection,
+        so that it does not scramble a trained model.
     """
 
     def __init__(

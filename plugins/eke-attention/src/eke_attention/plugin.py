@@ -27,7 +27,7 @@ from eke_attention.kernels import (
     refusal,
     sdpa,
 )
-from eke_attention.patterns import Pattern, Predicted
+from eke_attention.patterns import Documents, Pattern, Predicted
 from eke_attention.sites import Site, install
 
 SPARSE = ("gather", "flex", "masked")
@@ -157,6 +157,10 @@ class Attention(TechniqueCallback):
         self._training = False
         return batch if self.pattern is None else self.pattern.see_batch(batch)
 
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(self.pattern, Documents):
+            raise AttentionError("Documents does not see the batches of a prediction. Leave Attention out of it.")
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -205,7 +209,7 @@ class Attention(TechniqueCallback):
     # ------------------------------------------------------------------ checkpoints
 
     def _memory(self) -> dict[str, dict[str, Any]]:
-        passing = ("input", "gradient", "now", "leaf")  # of one step alone
+        passing = ("input", "gradient", "now", "leaf", "new", "new query", "new key")  # of one step alone
         return {
             site.path: {name: value for name, value in site.layer.items() if name not in passing}
             for site in self._sites
