@@ -259,7 +259,10 @@ def test_a_block_run_on_some_tokens_changes_those_and_no_other(x, positions, for
     rows = positions.expand(2, -1)
     for row in range(2):
         for token in range(5):
-            assert torch.equal(got[row, token], (plain if token in rows[row] else x)[row, token])
+            if token in rows[row]:  # some processors multiply fewer rows in another order
+                torch.testing.assert_close(got[row, token], plain[row, token])
+            else:
+                assert torch.equal(got[row, token], x[row, token])
     gate.put(net.blocks[0], "test", gate.OnTokens(Fixed(None)))
     assert torch.equal(net(x), plain)
 
@@ -269,7 +272,9 @@ def test_tokens_first_in_the_batch_order_can_be_chosen_too(x):
     plain = block(x)
     gate.attach([block], "test")
     gate.put(block, "test", gate.OnTokens(Fixed(torch.tensor([1])), dim=0))
-    assert torch.equal(block(x), torch.stack([x[0], plain[1]]))
+    got = block(x)
+    assert torch.equal(got[0], x[0])
+    torch.testing.assert_close(got[1], plain[1])  # fewer rows may be multiplied in another order
 
 
 def test_inputs_with_an_entry_a_token_are_refused_unless_somebody_cuts_them(x):

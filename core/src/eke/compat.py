@@ -10,6 +10,7 @@ from lightning.pytorch.core.optimizer import _configure_optimizers
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed._tools import mem_tracker
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -23,6 +24,7 @@ __all__ = [
     "leave_finished_epoch",
     "leave_out_of_ddp",
     "parse_optimizers",
+    "process_store",
     "saves_sharded",
     "set_epoch_length",
 ]
@@ -150,6 +152,11 @@ def expect_unused_parameters(strategy: object) -> None:
     """Let DDP, when it next wraps a model, look which parameters took part in a step. Others need nothing of this."""
     if isinstance(strategy, DDPStrategy):
         strategy._ddp_kwargs["find_unused_parameters"] = True
+
+
+def process_store() -> Any:
+    """The process group's key-value store, by a connection of its own: others on it may wait for long."""
+    return _get_default_store().clone()
 
 
 def saves_sharded(strategy: ModelParallelStrategy) -> bool:

@@ -98,10 +98,11 @@ class LayerDrop(TechniqueCallback):
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":
             return
-        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        shards = getattr(trainer.strategy, "shards_in_setup", False)  # FSDP2 waits for no block that is not called
+        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)) and not shards:
             raise MisconfigurationException(
                 f"LayerDrop skips blocks, for which processes that shard them under {type(trainer.strategy).__name__} "
-                "would wait. It has been tested on one device and under DDP. Use strategy='ddp', or leave it out."
+                "would wait. Use one device, strategy='ddp' or ZeRO of eke-zero, or leave it out."
             )
         compat.expect_unused_parameters(trainer.strategy)
 

@@ -19,7 +19,6 @@ from eke.seams.blocks import Blocks, find_blocks
 from eke.seams.optimizer import transplant
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
@@ -97,11 +96,8 @@ class Stacking(TechniqueCallback):
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._fitting = trainer.state.fn == "fit"
-        if self._fitting and not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-            raise MisconfigurationException(
-                f"Stacking copies blocks in mid-run, which has been tested on one device and under DDP, and not with "
-                f"{type(trainer.strategy).__name__}. Use strategy='ddp', or leave Stacking out."
-            )
+        if self._fitting:
+            growth.check_growable(trainer, "Stacking")
 
     def alter_model(self, pl_module: LightningModule) -> None:
         if not self._knows(pl_module):

@@ -26,11 +26,12 @@ def check_growable(trainer: Trainer, who: str) -> None:
     Raises:
         MisconfigurationException: the strategy shards parameters or owns the optimizer.
     """
-    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+    strategy = trainer.strategy
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or getattr(strategy, "shards_optimizer", False):
         raise MisconfigurationException(
-            f"{who} changes the shape of the model in mid-run, which {type(trainer.strategy).__name__} cannot follow: "
-            "it has sharded the parameters or built its own optimizer by then. Use one device or strategy='ddp', "
-            "or save a checkpoint at the growth and start a new fit from it."
+            f"{who} changes the shape of the model in mid-run, which {type(strategy).__name__} cannot follow: it has "
+            "sharded parameters or optimizer states, or built its own optimizer by then. Use one device or "
+            "strategy='ddp', or save a checkpoint at the growth and start a new fit from it."
         )
 
 
