@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import _configure_optimizers
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed._tools import mem_tracker
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.nn.parallel import DistributedDataParallel
@@ -20,13 +22,18 @@ __all__ = [
     "batches_done",
     "combined_loader",
     "epoch_of_next_batch",
+    "expect_no_signals",
     "expect_unused_parameters",
+    "leave_ddp_out",
     "leave_finished_epoch",
     "leave_out_of_ddp",
+    "memory_events",
     "parse_optimizers",
     "process_store",
     "saves_sharded",
     "set_epoch_length",
+    "start_fake_processes",
+    "unset_fake_temporarily",
 ]
 
 
@@ -155,10 +162,52 @@ def expect_unused_parameters(strategy: object) -> None:
 
 
 def process_store() -> Any:
-    """The process group's key-value store, by a connection of its own: others on it may wait for long."""
-    return _get_default_store().clone()
+    """The process group's key-value store, by a connection of its own: others on it may wait for long.
+
+    None where the other processes are made up, as in a forecast.
+    """
+    return None if torch.distributed.get_backend() == "fake" else _get_default_store().clone()
 
 
 def saves_sharded(strategy: ModelParallelStrategy) -> bool:
     """Whether each process writes its own part of a checkpoint."""
     return strategy._save_distributed_checkpoint
+
+
+def start_fake_processes(world: int) -> None:
+    """Begin a process group in which this is the first process and nobody else exists: collectives do nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+
+
+def leave_ddp_out(strategy: Any) -> list[torch.Tensor]:
+    """Let a strategy not wrap its model in DDP, whose C++ part takes no fake tensors, and allocate DDP's buckets.
+
+    Returns:
+        A list that will hold the buckets. Empty for other strategies, and where gradients are views of buckets.
+    """
+    buckets: list[torch.Tensor] = []
+    if type(strategy).__name__ != "DeepSpeedEngine" and isinstance(strategy, DDPStrategy):
+        views = strategy._ddp_kwargs.get("gradient_as_bucket_view", False)
+
+        def wrap(model: nn.Module) -> nn.Module:
+            if not views:
+                buckets.extend(torch.empty_like(one) for one in model.parameters() if one.requires_grad)
+            return model
+
+        strategy._setup_model = wrap
+        strategy._register_ddp_hooks = lambda: None
+    return buckets
+
+
+def expect_no_signals(trainer: Trainer) -> None:
+    """Let the processes not tell each other of a SIGTERM, which under fake tensors each would seem to have got."""
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+
+
+def memory_events(profiler: torch.profiler.profile, mark: str) -> list[tuple[str, int]]:
+    """Name and bytes, more or less, of each allocation and release that a profile has seen; and its marks, in order."""
+    events = profiler.profiler.kineto_results.events()
+    found = sorted((one for one in events if one.name() in ("[memory]", mark)), key=lambda one: one.start_ns())
+    return [(one.name(), one.nbytes() if one.name() != mark else 0) for one in found]

@@ -64,6 +64,45 @@ def tracked_memory(module: nn.Module, *optimizers: Optimizer) -> Iterator[dict[s
     result.update({cause: peak[cause] for cause in (*CAUSES, "total")})
 
 
+@contextmanager
+def allocator_peak() -> Iterator[Callable[[], dict[str, int]]]:
+    """Count bytes that torch's allocator has handed out at their peak, over those at some moment in the block.
+
+    Unlike :func:`memory_peak` it sees what kernels take for themselves, and C++ code such as DDP's, and does not see
+    what for. On a CPU it sees the release only of what was allocated in the block: let a whole step go by first.
+
+    Yields:
+        A function to be called at the moment from which the peak counts. It returns a dictionary whose ``"bytes"`` is
+        right when the block ends.
+    """
+    result = {"bytes": 0}
+    if torch.cuda.is_available():
+
+        def begin_on_card() -> dict[str, int]:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            result["from"] = torch.cuda.memory_allocated()
+            return result
+
+        yield begin_on_card
+        torch.cuda.synchronize()
+        result["bytes"] = torch.cuda.max_memory_allocated() - result.pop("from", 0)
+        return
+
+    def begin() -> dict[str, int]:
+        with torch.profiler.record_function(_MARK):
+            return result
+
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
+        yield begin
+    now = highest = 0
+    for name, size in compat.memory_events(profiler, _MARK):
+        now, highest = (0, 0) if name == _MARK else (now + size, max(highest, now + size))
+    result["bytes"] = highest
+
+
+_MARK = "eke: peak from here"
 _CAUSE_OF = {
     "Parameter": "parameters",
     "Buffer": "buffers",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -67,7 +68,8 @@ class ZeRO(TechniqueStrategy, Strategy):
             gathered as a whole.
         remat: Compute each block's activations again in backward instead of keeping them.
         checkpoint: ``"full"`` gathers everything into one file as other Trainers write it; ``"sharded"`` lets each
-            process write its own part into a folder. Both are read by any number of processes.
+            process write its own part into a folder. Both are read by any number of processes. By default full on
+            torch; DeepSpeed only writes folders.
         compute_dtype: ``"bfloat16"``: blocks are gathered and computed in it, and weights kept as they are. For
             stages 2 and 3; next to it, leave the Trainer's ``precision`` alone.
         reduce_every_batch: With accumulated gradients, reduce after each batch instead of once a step: more
@@ -104,7 +106,7 @@ class ZeRO(TechniqueStrategy, Strategy):
         engine: Literal["torch", "deepspeed"] = "torch",
         blocks: str | list[str] | None = None,
         remat: bool = False,
-        checkpoint: Literal["full", "sharded"] = "full",
+        checkpoint: Literal["full", "sharded"] | None = None,
         compute_dtype: Literal["bfloat16"] | None = None,
         reduce_every_batch: bool = False,
         trial: bool = True,
@@ -114,7 +116,7 @@ class ZeRO(TechniqueStrategy, Strategy):
         _one_of("stage", stage, (1, 2, 3))
         _one_of("offload", offload, (None, "optimizer", "params"))
         _one_of("engine", engine, ("torch", "deepspeed"))
-        _one_of("checkpoint", checkpoint, ("full", "sharded"))
+        _one_of("checkpoint", checkpoint, (None, "full", "sharded"))
         _one_of("compute_dtype", compute_dtype, (None, "bfloat16"))
         if offload == "params" and stage != 3:
             raise ZeROError(
@@ -134,7 +136,7 @@ class ZeRO(TechniqueStrategy, Strategy):
         self.offload = offload
         self.blocks = blocks
         self.remat = remat
-        self.checkpoint = checkpoint
+        self.checkpoint = checkpoint or ("full" if engine == "torch" else None)
         self.compute_dtype = compute_dtype
         self.reduce_every_batch = reduce_every_batch
         self.trial = trial
@@ -151,11 +153,13 @@ class ZeRO(TechniqueStrategy, Strategy):
     # ------------------------------------------------------------------ a run
 
     def setup_environment(self) -> None:
-        super().setup_environment()
-        if self.world_size > 1 and self._watch is None:
-            self._watch = Watch(
-                compat.process_store(), self.global_rank, self.world_size, self.limit, self._end_children
-            )
+        self._begin(super().setup_environment)
+
+    def _begin(self, connect: Callable[[], None]) -> None:
+        connect()
+        store = compat.process_store() if self.world_size > 1 and self._watch is None else None
+        if store is not None:
+            self._watch = Watch(store, self.global_rank, self.world_size, self.limit, self._end_children)
             self._watch.start()
 
     def _end_children(self) -> None:
@@ -295,29 +299,21 @@ class ZeRO(TechniqueStrategy, Strategy):
             optimizer.state.clear()
             optimizer = getattr(optimizer, "base", None)
 
+    def _tensor(self, tensor: Tensor) -> Tensor:
+        """What this process holds of a tensor."""
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
     def _fingerprint(self) -> dict[str, float]:
         """A number for each tensor that this process holds, equal for equal contents."""
         module = self.lightning_module
         return {
-            name: float(local_part(tensor).double().nan_to_num().mul(_weights(tensor)).sum())
+            name: float(self._tensor(tensor).detach().double().nan_to_num().flatten().cumsum(0).sum())
             for name, tensor in (*module.named_parameters(), *module.named_buffers())
         }
 
 
 # Whoever asks for a ZeRO gets one of its engines, which leave nothing abstract; command lines look before they ask.
 ZeRO.__abstractmethods__ = frozenset()
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, sharded or not."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _weights(tensor: Tensor) -> Tensor:
-    """Another factor for each place, so that a permutation changes the sum."""
-    local = local_part(tensor)
-    return torch.linspace(1, 2, local.numel(), dtype=torch.float64, device=local.device).reshape(local.shape)
 
 
 def _run_again(call_next: Any, *args: Any, **kwargs: Any) -> Any:
