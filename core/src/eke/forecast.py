@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, Dataset
 
-from eke import compat
+from eke import compat, measure
 from eke.spec import EkeError
 
 CAUSES = ("parameters", "gradients", "optimizer", "activations", "temporary")
@@ -87,7 +87,7 @@ def forecast(
     Raises:
         ForecastError: the step reads values of tensors, or fails; the message says where.
     """
-    timeline = Timeline()
+    timeline = Timeline(scratch=Scratch())
     with _processes(ranks), FakeTensorMode(allow_non_fake_inputs=True) as fake, timeline, _movable(), _quiet():
         try:
             model, given = build()
@@ -156,14 +156,14 @@ class Timeline(TorchDispatchMode):
 
     Attributes:
         phase: What the run is at: ``"forward"``, ``"backward"``, ``"optimizer"`` or ``""``.
-        marks: Where in ``events`` something began.
+        scratch: Tells what an operator takes for itself while it runs, which nobody sees from outside.
     """
 
     phase: str = ""
     events: list[tuple[int, int]] = field(default_factory=list)  # number of a life, and bytes more or less
     lives: list[_Life] = field(default_factory=list)
     alive: dict[int, int] = field(default_factory=dict)  # address of a storage to the number of its life
-    marks: dict[str, int] = field(default_factory=dict)
+    scratch: Callable[[Any, Any, Any], int] | None = None
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -200,13 +200,20 @@ class Timeline(TorchDispatchMode):
         if func is torch.ops.aten.equal.default:
             return True
         result = func(*args, **(kwargs or {}))
+        self._remember(result)
+        if self.scratch is not None and self.phase and (own := self.scratch(func, args, kwargs or {})):
+            number = len(self.lives)
+            self.lives.append(_Life(own, self.phase, "temporary"))
+            self.events += [(number, own), (number, -1)]
+        return result
+
+    def _remember(self, result: Any) -> None:
         if isinstance(result, Tensor):
             self._see(result)
         elif isinstance(result, (tuple, list)):
             for leaf in tree_leaves(result):
                 if isinstance(leaf, Tensor):
                     self._see(leaf)
-        return result
 
     def _see(self, tensor: Tensor) -> None:
         if type(tensor) not in _PLAIN:
@@ -273,6 +280,49 @@ class Timeline(TorchDispatchMode):
         """Whether it is of the step: what was made outside of it, by loaders say, and is nothing known, is not."""
         life = self.lives[number]
         return bool(life.cause or life.born)
+
+
+class Scratch:
+    """What CPU kernels take for themselves: each operator is run once, for real, on zeros of the same shape.
+
+    Large operators are left out, whose time it would take and who take little in proportion.
+    """
+
+    LARGEST = 2**26  # bytes of an operator's tensors
+
+    def __init__(self) -> None:
+        self.known: dict[Any, int] = {}
+
+    def __call__(self, func: Any, args: Any, kwargs: Any) -> int:
+        if func._schema.is_mutable or func.is_view or func.namespace != "aten":
+            return 0
+        leaves = tree_leaves((args, kwargs))
+        key = (func, *((tuple(x.shape), x.stride(), x.dtype) if isinstance(x, Tensor) else repr(x) for x in leaves))
+        if key not in self.known:
+            tensors = [leaf for leaf in leaves if isinstance(leaf, FakeTensor)]
+            size = sum(leaf.numel() * leaf.element_size() for leaf in tensors)
+            small = 0 < size <= self.LARGEST and len(tensors) == sum(isinstance(x, Tensor) for x in leaves)
+            self.known[key] = self._measured(func, args, kwargs) if small else 0
+        return self.known[key]
+
+    @staticmethod
+    def _measured(func: Any, args: Any, kwargs: Any) -> int:
+        def real(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype).zero_()
+
+        with compat.unset_fake_temporarily(), torch.random.fork_rng(devices=[]), torch.no_grad():
+            args, kwargs = tree_map(real, (args, kwargs))
+            try:
+                with measure.allocator_peak() as begin:
+                    peak = begin()
+                    result = func(*args, **kwargs)
+                kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                        for t in tree_leaves(result) if isinstance(t, Tensor)}  # fmt: skip
+            except (RuntimeError, NotImplementedError, IndexError):
+                return 0  # zeros are not to its taste
+        return max(0, peak["bytes"] - sum(kept.values()))
 
 
 class _Meter(Callback):
