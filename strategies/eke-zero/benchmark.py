@@ -69,7 +69,7 @@ class Watcher(Callback):
                 "weights": sum(_local(p).nbytes for p in model.parameters()),
                 "states": sum(_local(v).nbytes for s in optimizer.state.values() for v in s.values()),
             }
-            self.tracking = measure.tracked_memory(model, *trainer.optimizers)
+            self.tracking = measure.tracked_memory(model, optimizer)
             self.result = self.tracking.__enter__()
         self.since = time.perf_counter()
 
@@ -125,10 +125,10 @@ def main() -> None:
             "peak": several[0]["peak"],
         }
     ddp, third = rows["DDP"], rows["stage 3"]
-    held = sum(third["held"].values()) / sum(ddp["held"].values())
+    share = sum(third["held"].values()) / sum(ddp["held"].values())
     length, batch, blocks, width, _ = SIZES[options.size]
     headline = (
-        f"on 2 processes stage 3 holds {held:.2f} of DDP's weights and states, its step's peak is "
+        f"on 2 processes stage 3 holds {share:.2f} of DDP's weights and states, its step's peak is "
         f"{third['peak'] / ddp['peak']:.2f} of DDP's and takes {third['ratio'][0]:.2f} of the time"
     )
     result = {
@@ -140,8 +140,11 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- |")
     for label, row in rows.items():
         middle, least, most = row["ratio"]
-        print(f"| {label} | {1e3 * row['seconds']:.0f} | {middle:.2f}, {least:.2f} to {most:.2f} | "
-              f"{row['held']['weights'] / 2**20:.1f} | {row['held']['states'] / 2**20:.1f} | {row['peak'] / 2**20:.1f} |")  # fmt: skip
+        held = [f"{row['held'][what] / 2**20:.1f}" for what in ("weights", "states")]
+        ratio = f"{middle:.2f}, {least:.2f} to {most:.2f}"
+        print(
+            "| " + " | ".join([label, f"{1e3 * row['seconds']:.0f}", ratio, *held, f"{row['peak'] / 2**20:.1f}"]) + " |"
+        )
     print(headline)
     (options.out / f"zero-step-on-two-processes-{options.size}.json").write_text(json.dumps(result, indent=1) + "\n")
 

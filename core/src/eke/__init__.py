@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from eke.registry import available, create, get, trainer_kwargs
-from eke.spec import ConflictError, EkeError, NoEffectWarning, Technique, hookimpl
+from eke.spec import ConflictError, EkeError, NoEffectWarning, Relief, Technique, hookimpl
 
 if TYPE_CHECKING:
     from eke.seams.losses import reduce_loss
@@ -22,6 +22,7 @@ __all__ = [
     "ConflictError",
     "EkeError",
     "NoEffectWarning",
+    "Relief",
     "Technique",
     "TechniqueCallback",
     "TechniqueStrategy",

@@ -16,7 +16,7 @@ from eke.spec import EkeError
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 where a recipe is refused, 2 where the input is of no use."""
     words = sys.argv[1:] if argv is None else argv
-    parser, added = _parser()
+    parser, added = _parser(words)
     try:
         if words and words[0] in added:
             return others.run(added[words[0]], words[1:])
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
 
-def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[EntryPoint]]]:
+def _parser(words: list[str]) -> tuple[argparse.ArgumentParser, dict[str, list[EntryPoint]]]:
     """The parser, and the commands of other distributions, which parse what follows by themselves."""
     parser = argparse.ArgumentParser(prog="eke", description="Techniques for efficient Transformer training.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -47,6 +47,13 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[EntryPoint]]]:
         "recipe", metavar="RECIPE", nargs="+", help="words such as stacking adam8bit:block=256, or a YAML file"
     )
     command.set_defaults(run=_check)
+
+    command = commands.add_parser("forecast", help="a step's memory before launch, and what fits on a card")
+    if words[:1] == ["forecast"]:  # its arguments come with what they need
+        from eke.cli import forecast
+
+        forecast.add_arguments(command)
+        command.set_defaults(run=forecast.run)
 
     command = commands.add_parser("new", help="a technique or a project from a template")
     command.add_argument("template", choices=["technique", "project"])

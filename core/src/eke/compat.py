@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,11 +29,12 @@ __all__ = [
     "leave_ddp_out",
     "leave_finished_epoch",
     "leave_out_of_ddp",
-    "memory_events",
+    "memory_profile",
     "parse_optimizers",
     "process_store",
     "saves_sharded",
     "set_epoch_length",
+    "start_at",
     "start_fake_processes",
     "unset_fake_temporarily",
 ]
@@ -206,8 +209,49 @@ def expect_no_signals(trainer: Trainer) -> None:
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
 
-def memory_events(profiler: torch.profiler.profile, mark: str) -> list[tuple[str, int]]:
-    """Name and bytes, more or less, of each allocation and release that a profile has seen; and its marks, in order."""
-    events = profiler.profiler.kineto_results.events()
-    found = sorted((one for one in events if one.name() in ("[memory]", mark)), key=lambda one: one.start_ns())
-    return [(one.name(), one.nbytes() if one.name() != mark else 0) for one in found]
+@dataclass
+class MemoryProfile:
+    """Peaks of parts of a block, in bytes that torch's CPU allocator handed out over those at the part's beginning."""
+
+    peaks: dict[Any, int] = field(default_factory=dict)
+    _names: dict[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def part(self, key: Any) -> Iterator[None]:
+        name = f"eke: part {len(self._names)}"
+        self._names[name] = key
+        with torch.profiler.record_function(name):
+            pass
+        try:
+            yield
+        finally:
+            with torch.profiler.record_function(_END):
+                pass
+
+
+@contextmanager
+def memory_profile() -> Iterator[MemoryProfile]:
+    """Watch the CPU allocator, kernels' own scratch included. Of memory that was there before it sees no release."""
+    found = MemoryProfile()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
+        yield found
+    now, key = 0, None
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda one: one.start_ns()):
+        if event.name() in found._names:
+            now, key = 0, found._names[event.name()]
+            found.peaks[key] = 0
+        elif event.name() == _END:
+            key = None
+        elif event.name() == "[memory]" and key is not None:
+            now += event.nbytes()
+            found.peaks[key] = max(found.peaks[key], now)
+
+
+_END = "eke: end of a part"
+
+
+def start_at(trainer: Trainer, step: int) -> None:
+    """Let a run of automatic optimization believe that it has done a number of steps already."""
+    done = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
+    done.ready = done.completed = step

@@ -8,7 +8,9 @@ it was made and how long it lived it counts as one cause or another.
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,17 +20,24 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, Dataset
 
-from eke import compat, measure
+from eke import compat
 from eke.spec import EkeError
+from eke.technique import TechniqueCallback
 
 CAUSES = ("parameters", "gradients", "optimizer", "activations", "temporary")
-STEPS = 2  # the first makes the optimizer's states
+STEPS = 2  # of a dry run: the first makes the optimizer's states
+HOST = "host"  # what lies in CPU memory beside a card
+RUN = 1000  # steps of the run of which a dry run is the beginning or the end
 
 
 class ForecastError(EkeError):
@@ -43,12 +52,14 @@ class Forecast:
         peak: Each of :data:`CAUSES` to its bytes at the moment of the highest total. ``"parameters"`` holds buffers and
             gathered weights too; ``"activations"`` what is kept from forward to backward, and the batch.
         held: The same between two steps.
+        host: Bytes that the strategy keeps in CPU memory beside a card; part of neither ``peak`` nor ``held``.
         parameters: Number of parameters of the whole model, and how many of them train.
         ranks: Number of processes.
     """
 
     peak: Mapping[str, int]
     held: Mapping[str, int]
+    host: int = 0
     parameters: tuple[int, int] = (0, 0)
     ranks: int = 1
 
@@ -69,14 +80,15 @@ def forecast(
 ) -> Forecast:
     """Forecast the peak memory of one process in a training step.
 
-    Nothing is computed and next to no memory is used, whatever the size of the model. Sizes of kernels' own scratch
-    are not seen: on a CPU up to two percent of a small bfloat16 step.
+    Nothing is computed but one operator of each small kind, to see what its kernel takes for itself, and next to no
+    memory is used, whatever the size of the model. With techniques it is the higher of the first and the last step of
+    a run. What is drawn at random, such as the blocks that LayerDrop skips, is as it was drawn.
 
     Args:
         build: Returns the model and a batch, or something to iterate over that yields one. It is called under fake
             tensors: the weights that it makes take no memory. It must not read values of tensors.
         techniques: Returns Trainer arguments, as :func:`eke.trainer_kwargs` does; called anew for each dry run.
-        ranks: Number of processes. More than one need a strategy among the techniques or in ``options``; ``"ddp"`` else.
+        ranks: Number of processes; under DDP, where neither ``techniques`` nor ``options`` give a strategy.
         batch_size: Samples of a batch instead of those that ``build`` gives: all tensors whose first dimension is that
             of the first are cut or repeated.
         length: Tokens of a sample instead of those that it gives: all tensors whose second dimension is that of the
@@ -87,32 +99,63 @@ def forecast(
     Raises:
         ForecastError: the step reads values of tensors, or fails; the message says where.
     """
-    timeline = Timeline(scratch=Scratch())
-    with _processes(ranks), FakeTensorMode(allow_non_fake_inputs=True) as fake, timeline, _movable(), _quiet():
+    kernels = Scratch()
+    found = None
+    for moment in ("beginning", "end"):
+        one, scheduled = _dry_run(moment, kernels, build, techniques, ranks, batch_size, length, accumulate, options)
+        found = one if found is None or one.total > found.total else found
+        if not scheduled:  # nobody is here who does other things later
+            break
+    return found
+
+
+def _dry_run(
+    moment: str, kernels: Scratch, build: Any, techniques: Any, ranks: int, batch_size: int | None, length: int | None,
+    accumulate: int, options: dict[str, Any],
+) -> tuple[Forecast, bool]:  # fmt: skip
+    """Run two steps at the beginning or at the end of a run; and whether any technique may tell the two apart."""
+    timeline = Timeline(scratch=kernels)
+    begin = 0 if moment == "beginning" else RUN - STEPS
+    with (
+        _processes(ranks),
+        FakeTensorMode(allow_non_fake_inputs=True) as fake,
+        timeline,
+        _movable(),
+        _quiet(),
+        _collecting_nothing(),
+    ):
         try:
             model, given = build()
             batch = resized(_first(given), batch_size, length)
             batch = tree_map(lambda leaf: _fake(leaf, fake), batch)
-            settings = {**techniques()}
+            settings = {**options, **techniques()}
             meter = _Meter(timeline, accumulate)
-            settings["callbacks"] = [*settings.get("callbacks", ()), *options.pop("callbacks", ()), meter]
-            settings.setdefault("strategy", options.pop("strategy", None) or ("ddp" if ranks > 1 else "auto"))
-            trainer = Trainer(
-                accelerator="cpu", devices=ranks, max_steps=STEPS, accumulate_grad_batches=accumulate,
-                logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-                num_sanity_val_steps=0, limit_val_batches=0, use_distributed_sampler=False,
-                **settings, **options,
-            )  # fmt: skip
+            settings["callbacks"] = [*options.get("callbacks", ()), *settings.get("callbacks", ()), meter]
+            settings.setdefault("strategy", "ddp" if ranks > 1 else "auto")
+            scheduled = any(isinstance(one, TechniqueCallback) for one in settings["callbacks"])
+            trainer = Trainer(**{
+                "accelerator": "cpu", "devices": ranks, "max_steps": RUN, "accumulate_grad_batches": accumulate,
+                "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0,
+                "enable_model_summary": False, "num_sanity_val_steps": 0, "use_distributed_sampler": False, **settings,
+            })  # fmt: skip
             trainer.strategy.broadcast = lambda value, src=0: value  # there is nobody to read it from
             trainer.strategy.setup_environment = _really(trainer.strategy.setup_environment)
             compat.expect_no_signals(trainer)
+            compat.start_at(trainer, begin)
             meter.buckets = compat.leave_ddp_out(trainer.strategy)
-            trainer.fit(model, batches(batch, STEPS * accumulate))
+            trainer.fit(model, batches(batch, RUN * accumulate))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ForecastError(
                 f"the step depends on values of tensors ({error.func}), which a dry run does not have: {_where(error)}"
             ) from error
-        return meter.result(model, ranks)
+        return meter.result(model, ranks), scheduled
+
+
+def first_size(build: Callable[[], tuple[LightningModule, Any]]) -> int:
+    """How many samples the batch has that ``build`` gives."""
+    with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
+        tensors = [leaf for leaf in tree_leaves(_first(build()[1])) if isinstance(leaf, Tensor) and leaf.ndim]
+    return len(tensors[0]) if tensors else 1
 
 
 def resized(batch: Any, batch_size: int | None, length: int | None) -> Any:
@@ -156,14 +199,15 @@ class Timeline(TorchDispatchMode):
 
     Attributes:
         phase: What the run is at: ``"forward"``, ``"backward"``, ``"optimizer"`` or ``""``.
-        scratch: Tells what an operator takes for itself while it runs, which nobody sees from outside.
+        scratch: Tells what operators take for themselves while they run, which nobody sees from outside.
     """
 
     phase: str = ""
     events: list[tuple[int, int]] = field(default_factory=list)  # number of a life, and bytes more or less
     lives: list[_Life] = field(default_factory=list)
     alive: dict[int, int] = field(default_factory=dict)  # address of a storage to the number of its life
-    scratch: Callable[[Any, Any, Any], int] | None = None
+    scratch: Scratch | None = None
+    open: list[tuple[int, Any]] = field(default_factory=list)  # places in events that wait for it
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -201,11 +245,18 @@ class Timeline(TorchDispatchMode):
             return True
         result = func(*args, **(kwargs or {}))
         self._remember(result)
-        if self.scratch is not None and self.phase and (own := self.scratch(func, args, kwargs or {})):
-            number = len(self.lives)
-            self.lives.append(_Life(own, self.phase, "temporary"))
-            self.events += [(number, own), (number, -1)]
+        if self.scratch is not None and self.phase and (key := self.scratch.ask(func, args, kwargs or {})) is not None:
+            self.open.append((len(self.events), key))
+            self.lives.append(_Life(0, self.phase, "temporary"))
+            self.events += [(len(self.lives) - 1, 0), (len(self.lives) - 1, -1)]
         return result
+
+    def settle(self) -> None:
+        """Fill in what kernels take for themselves, once all that is to be known of them is known."""
+        known = self.scratch.answer() if self.scratch is not None else {}
+        for place, key in self.open:
+            self.events[place] = self.events[place][0], known[key]
+        self.open = []
 
     def _remember(self, result: Any) -> None:
         if isinstance(result, Tensor):
@@ -279,11 +330,26 @@ class Timeline(TorchDispatchMode):
     def _counts(self, number: int) -> bool:
         """Whether it is of the step: what was made outside of it, by loaders say, and is nothing known, is not."""
         life = self.lives[number]
-        return bool(life.cause or life.born)
+        return bool(life.cause or life.born) and life.cause != HOST
+
+    def on_host(self, number: int) -> bool:
+        return self.lives[number].cause == HOST
+
+
+@dataclass(frozen=True)
+class _Like:
+    """What a tensor was like that an operator got."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def zeros(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype).zero_()
 
 
 class Scratch:
-    """What CPU kernels take for themselves: each operator is run once, for real, on zeros of the same shape.
+    """What CPU kernels take for themselves while they run: each is run once, for real, on zeros of the same shape.
 
     Large operators are left out, whose time it would take and who take little in proportion.
     """
@@ -292,37 +358,47 @@ class Scratch:
 
     def __init__(self) -> None:
         self.known: dict[Any, int] = {}
+        self.asked: dict[Any, tuple[Any, Any]] = {}
 
-    def __call__(self, func: Any, args: Any, kwargs: Any) -> int:
+    def ask(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A key under which :meth:`answer` will know the bytes; None where there is nothing to be known."""
         if func._schema.is_mutable or func.is_view or func.namespace != "aten":
-            return 0
+            return None
         leaves = tree_leaves((args, kwargs))
-        key = (func, *((tuple(x.shape), x.stride(), x.dtype) if isinstance(x, Tensor) else repr(x) for x in leaves))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        size = sum(leaf.numel() * leaf.element_size() for leaf in tensors)
+        if not 0 < size <= self.LARGEST or any(type(leaf) is not FakeTensor for leaf in tensors):
+            return None
+
+        def like(leaf: Any) -> Any:
+            return _Like(tuple(leaf.shape), leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else leaf
+
+        given = tree_map(like, (args, kwargs))
+        key = (func, *(leaf if isinstance(leaf, _Like) else repr(leaf) for leaf in tree_leaves(given)))
         if key not in self.known:
-            tensors = [leaf for leaf in leaves if isinstance(leaf, FakeTensor)]
-            size = sum(leaf.numel() * leaf.element_size() for leaf in tensors)
-            small = 0 < size <= self.LARGEST and len(tensors) == sum(isinstance(x, Tensor) for x in leaves)
-            self.known[key] = self._measured(func, args, kwargs) if small else 0
-        return self.known[key]
+            self.asked[key] = (func, given)
+        return key
 
-    @staticmethod
-    def _measured(func: Any, args: Any, kwargs: Any) -> int:
-        def real(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype).zero_()
-
-        with compat.unset_fake_temporarily(), torch.random.fork_rng(devices=[]), torch.no_grad():
-            args, kwargs = tree_map(real, (args, kwargs))
-            try:
-                with measure.allocator_peak() as begin:
-                    peak = begin()
-                    result = func(*args, **kwargs)
-                kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-                        for t in tree_leaves(result) if isinstance(t, Tensor)}  # fmt: skip
-            except (RuntimeError, NotImplementedError, IndexError):
-                return 0  # zeros are not to its taste
-        return max(0, peak["bytes"] - sum(kept.values()))
+    def answer(self) -> dict[Any, int]:
+        """Run what was asked for. Returns key to bytes."""
+        with compat.unset_fake_temporarily(), torch.random.fork_rng(devices=[]), torch.no_grad(), _without_stderr():
+            with compat.memory_profile() as profiled:
+                for key, (func, given) in self.asked.items():
+                    args, kwargs = tree_map(lambda leaf: leaf.zeros() if isinstance(leaf, _Like) else leaf, given)
+                    self.known[key] = 0
+                    try:
+                        with profiled.part(key):
+                            result = func(*args, **kwargs)
+                    except (RuntimeError, NotImplementedError, IndexError):
+                        continue  # zeros are not to its taste
+                    kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                            for t in tree_leaves(result) if isinstance(t, Tensor)}  # fmt: skip
+                    self.known[key] = -sum(kept.values())
+                    del result, args, kwargs
+            for key, peak in profiled.peaks.items():
+                self.known[key] = max(0, self.known[key] + peak) if self.known[key] else 0
+        self.asked = {}
+        return self.known
 
 
 class _Meter(Callback):
@@ -331,15 +407,21 @@ class _Meter(Callback):
     def __init__(self, timeline: Timeline, accumulate: int) -> None:
         self.timeline = timeline
         self.accumulate = accumulate
-        self.begin = self.end = 0
+        self.begin = self.end = self.batches = 0
         self.buckets: list[Tensor] = []  # DDP's
+        self.host: tuple[str, ...] = ()
+
+    def _cause(self, cause: str) -> str:
+        return HOST if cause in self.host else cause
 
     def on_train_batch_start(self, trainer: Trainer, model: LightningModule, batch: Any, batch_idx: int) -> None:
         timeline = self.timeline
         timeline.note(batch, "activations")
-        if batch_idx == (STEPS - 1) * self.accumulate:
-            timeline.note([list(model.parameters()), list(model.buffers())], "parameters")
-            timeline.note([list(_states(one)) for one in trainer.optimizers], "optimizer")
+        self.host = getattr(trainer.strategy, "keeps_on_host", ())
+        if self.batches == (STEPS - 1) * self.accumulate:
+            timeline.note(list(model.buffers()), "parameters")
+            timeline.note(list(model.parameters()), self._cause("parameters"))
+            timeline.note([list(_states(one)) for one in trainer.optimizers], self._cause("optimizer"))
             timeline.note(self.buckets, "gradients")
             self.begin = len(timeline.events)
         timeline.phase = "forward"
@@ -349,20 +431,24 @@ class _Meter(Callback):
         self.timeline.phase = "backward"
 
     def on_after_backward(self, *_: Any) -> None:
-        self.timeline.call_living("gradients", "backward")
+        self.timeline.call_living(self._cause("gradients"), "backward")
         self.timeline.phase = "optimizer"
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         self.timeline.call_living("optimizer", "optimizer")
         self.timeline.phase = ""
         self.end = len(self.timeline.events)
+        self.batches += 1
+        trainer.should_stop = self.batches == STEPS * self.accumulate
 
     def result(self, model: LightningModule, ranks: int) -> Forecast:
         timeline = self.timeline
+        timeline.settle()
         weights = list(model.parameters())
         count = sum(one.numel() for one in weights), sum(one.numel() for one in weights if one.requires_grad)
-        held = timeline.peak(self.begin, self.begin)
-        return Forecast(timeline.peak(self.begin, self.end), held, count, ranks)
+        held, peak = timeline.peak(self.begin, self.begin), timeline.peak(self.begin, self.end)
+        host = sum(timeline.lives[number].size for number in timeline.alive.values() if timeline.on_host(number))
+        return Forecast(peak, held, host, count, ranks)
 
 
 def _really(function: Callable[[], Any]) -> Callable[[], Any]:
@@ -414,7 +500,8 @@ class _Batches:
 def _states(optimizer: Any) -> Iterator[Tensor]:
     """All tensors that an optimizer, and those inside it, keep."""
     while optimizer is not None:
-        yield from (leaf for state in optimizer.state.values() for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
+        kept = (list(optimizer.state.values()), list(getattr(optimizer, "copies", {}).values()))
+        yield from (leaf for leaf in tree_leaves(kept) if isinstance(leaf, Tensor))
         optimizer = getattr(optimizer, "optim", None) or getattr(optimizer, "base", None)
 
 
@@ -430,6 +517,20 @@ def _inside(tensor: Tensor) -> Iterator[Tensor]:
 
 
 _PLAIN = frozenset((Tensor, FakeTensor, nn.Parameter, nn.Buffer))
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Keep torch's profiler, which writes two lines by itself, from the terminal."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _one(dtype: torch.dtype) -> Any:
@@ -477,7 +578,7 @@ def _processes(ranks: int) -> Iterator[None]:
 
 @contextmanager
 def _movable() -> Iterator[None]:
-    """Let modules be moved, cast and copied, for which torch exchanges fake tensors or their storage, and then refuses."""
+    """Let modules be moved, cast and copied, which torch does by exchanges that fake tensors refuse."""
     original = nn.Module._apply
 
     def apply(module: nn.Module, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -514,6 +615,19 @@ def _movable() -> Iterator[None]:
     finally:
         nn.Module._apply = original
         del FakeTensor.__deepcopy__
+
+
+@contextmanager
+def _collecting_nothing() -> Iterator[None]:
+    """Keep Python's collector off: what waits for it may wait for the whole step, and it comes when it likes."""
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import gc
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from statistics import median
 from time import perf_counter
@@ -89,20 +89,16 @@ def allocator_peak() -> Iterator[Callable[[], dict[str, int]]]:
         result["bytes"] = torch.cuda.max_memory_allocated() - result.pop("from", 0)
         return
 
-    def begin() -> dict[str, int]:
-        with torch.profiler.record_function(_MARK):
+    with compat.memory_profile() as profiled, ExitStack() as stack:
+
+        def begin() -> dict[str, int]:
+            stack.enter_context(profiled.part("peak"))
             return result
 
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
         yield begin
-    now = highest = 0
-    for name, size in compat.memory_events(profiler, _MARK):
-        now, highest = (0, 0) if name == _MARK else (now + size, max(highest, now + size))
-    result["bytes"] = highest
+    result["bytes"] = profiled.peaks.get("peak", 0)
 
 
-_MARK = "eke: peak from here"
 _CAUSE_OF = {
     "Parameter": "parameters",
     "Buffer": "buffers",

@@ -46,6 +46,10 @@ NEEDS = ("automatic optimization", "one optimizer", "sized training data")
 EXACTNESS = ("exact", "reordered sums", "unbiased", "approximate", "model-changing")
 
 
+# What saving memory costs, from what a run notices least to what it notices most: the order in which a forecast tries.
+COSTS = ("rounding", "communication", "smaller batches", "recomputing", "transfers")
+
+
 class EkeError(Exception):
     """The core cannot give what was asked of it."""
 
@@ -56,6 +60,27 @@ class ConflictError(EkeError):
 
 class NoEffectWarning(UserWarning):
     """A technique was switched on and found nothing to act on."""
+
+
+@dataclass(frozen=True)
+class Relief:
+    """A way in which a technique makes a step need less memory.
+
+    Args:
+        cost: What it costs, of :data:`COSTS`.
+        arguments: With which the technique does it.
+        ranks: Fewest processes with which it saves anything.
+
+    Raises:
+        ValueError: another cost.
+    """
+
+    cost: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    ranks: int = 1
+
+    def __post_init__(self) -> None:
+        _one_of("cost", self.cost, COSTS)
 
 
 @dataclass(frozen=True)
@@ -75,6 +100,7 @@ class Technique:
         after: Names of techniques that must act earlier. For what effects cannot say.
         exactness: One of :data:`EXACTNESS`.
         exceptions: Name of a contract test to the sentence why it cannot hold for this method.
+        reliefs: How it saves memory, for a forecast that looks for a way to fit.
 
     Raises:
         ValueError: a word outside these vocabularies.
@@ -91,6 +117,7 @@ class Technique:
     after: tuple[str, ...] = ()
     exactness: str = "exact"
     exceptions: Mapping[str, str] = field(default_factory=dict)
+    reliefs: tuple[Relief, ...] = ()
 
     def __post_init__(self) -> None:
         words = self.name.split("_")
@@ -98,7 +125,7 @@ class Technique:
             raise ValueError(
                 f"technique name {self.name!r}: use lower-case words joined by underscores, as token_drop."
             )
-        for several in ("effects", "needs", "after"):
+        for several in ("effects", "needs", "after", "reliefs"):
             given = getattr(self, several)
             if isinstance(given, str):
                 raise ValueError(f"{several}={given!r} is one string: it needs a tuple, such as ({given!r},).")

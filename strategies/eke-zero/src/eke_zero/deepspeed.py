@@ -96,4 +96,3 @@ class DeepSpeedEngine(ZeRO, DeepSpeedStrategy):
 
     def _tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         return getattr(tensor, "ds_tensor", tensor)
-

@@ -1,6 +1,6 @@
 """Tells the eke registry what this distribution provides."""
 
-from eke import Technique, hookimpl
+from eke import Relief, Technique, hookimpl
 
 RECORD = Technique(
     name="zero",
@@ -10,6 +10,14 @@ RECORD = Technique(
     survey="3 Parallelism [73], 3.2 Offloading [75]",
     effects=("replaces sharding",),
     exactness="reordered sums",
+    reliefs=(
+        Relief("communication", {"stage": 1}, ranks=2),
+        Relief("communication", {"stage": 2}, ranks=2),
+        Relief("communication", {"stage": 3}, ranks=2),
+        Relief("recomputing", {"remat": True}),
+        Relief("transfers", {"offload": "optimizer"}),
+        Relief("transfers", {"stage": 3, "offload": "params"}),
+    ),
 )
 
 

@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
 from eke import EkeError, Technique, TechniqueStrategy, compat
 from eke.seams.blocks import BlocksError, find_blocks
 from eke.seams.state import rng_state, set_rng_state
@@ -149,6 +148,12 @@ class ZeRO(TechniqueStrategy, Strategy):
 
     def _engine_settings(self) -> dict[str, Any]:
         return {}
+
+    @property
+    def keeps_on_host(self) -> tuple[str, ...]:
+        """What is in CPU memory, beside a card, for a forecast."""
+        kept = {"optimizer": ("optimizer",), "params": ("parameters", "gradients", "optimizer")}
+        return kept.get(self.offload, ())
 
     # ------------------------------------------------------------------ a run
 
