@@ -2,7 +2,7 @@ dists  := core bench $(patsubst %/pyproject.toml,%,$(wildcard callbacks/*/pyproj
 python := .venv/bin/python
 pip    := $(python) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: train bench test test-gpu test-slow isolated certify table format lint clean
+.PHONY: train bench test test-gpu test-slow test-deepspeed isolated certify table format lint clean
 
 # The main job: train on the standard library's own source, side by side. Options: make train ARGS="--text notes.txt --plain-only"
 train: .venv/ready
@@ -21,6 +21,11 @@ test-gpu: .venv/ready
 
 test-slow: .venv/ready
 	OMP_NUM_THREADS=1 $(python) -m pytest -m slow $(ARGS)
+
+# ZeRO on DeepSpeed, on two CPU processes. Installs DeepSpeed, which builds a part of itself at its first start (g++, ninja).
+test-deepspeed: .venv/ready
+	DS_BUILD_OPS=0 $(pip) --no-build-isolation hjson ninja py-cpuinfo deepspeed
+	PATH="$(CURDIR)/.venv/bin:$$PATH" OMP_NUM_THREADS=1 $(python) -m pytest strategies/eke-zero/tests/test_deepspeed.py $(ARGS)
 
 # Each distribution from its wheel, in an environment that holds only what it declares.
 isolated: .venv/ready

@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -319,6 +320,7 @@ class ZeRO(TechniqueStrategy, Strategy):
 
 # Whoever asks for a ZeRO gets one of its engines, which leave nothing abstract; command lines look before they ask.
 ZeRO.__abstractmethods__ = frozenset()
+ZeRO.__signature__ = signature(partial(ZeRO.__init__, None))
 
 
 def _run_again(call_next: Any, *args: Any, **kwargs: Any) -> Any:
