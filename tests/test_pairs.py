@@ -11,7 +11,7 @@ PAIRS = [pair for pair in combinations(eke.available(), 2) if example_model(*pai
 @pytest.mark.parametrize(("first", "second"), PAIRS, ids=["+".join(pair) for pair in PAIRS])
 def test_two_techniques_give_one_result_in_both_orders_or_say_why_not(first, second):
     refusal = check_pair(lambda: build_example(first), lambda: build_example(second), example_model(first, second))
-    assert refusal is None or first in refusal or second in refusal
+    assert refusal is None or any(name.replace("_", "") in refusal.lower().replace("_", "") for name in (first, second))
 
 
 @pytest.mark.parametrize("name", eke.available())

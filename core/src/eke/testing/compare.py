@@ -24,7 +24,7 @@ def random_state() -> dict[str, int]:
 def checksum(value: Any) -> int:
     """A number that tells two batches or states apart: tensors count with shape, dtype and every byte."""
     if isinstance(value, Tensor):
-        data = value.detach().cpu().contiguous().reshape(-1)
+        data = local(value).cpu().contiguous().reshape(-1)
         content = data.view(torch.uint8).numpy().tobytes() if data.numel() else b""
         return zlib.crc32(content, zlib.crc32(f"{tuple(value.shape)}{value.dtype}".encode()))
     if isinstance(value, Mapping):
@@ -35,14 +35,20 @@ def checksum(value: Any) -> int:
 
 
 def copied(value: Any) -> Any:
-    """Copy nested data, each tensor detached."""
+    """Copy nested data, each tensor detached; of a sharded one this process's part."""
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        return local(value).clone()
     if isinstance(value, Mapping):
         return {key: copied(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [copied(item) for item in value]
     return value
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, which is all of it unless it is sharded."""
+    tensor = tensor.detach()
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def differences(first: Any, second: Any, tolerance: float = 0.0, name: str = "") -> list[str]:

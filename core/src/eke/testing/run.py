@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from eke import ConflictError, registry
-from eke.testing.compare import checksum, copied, random_state
+from eke.testing.compare import checksum, copied, local, random_state
 from eke.testing.data import BATCH, Loader
 from eke.testing.models import STEPS, tensors
 from eke.testing.ranks import die, run_alone
@@ -236,9 +236,9 @@ class Recorder(Callback):
         self.now["loss"] = None if loss is None else float(loss)
         # Only of weights that an optimizer steps: nobody clears the gradients of others, they are no training state.
         stepped = [weight for one in trainer.optimizers for group in one.param_groups for weight in group["params"]]
-        gradients = [weight.grad.detach().norm() for weight in stepped if weight.grad is not None]
+        gradients = [local(weight.grad).norm() for weight in stepped if weight.grad is not None]
         self.now["gradient norm"] = float(torch.stack(gradients).norm()) if gradients else None
-        self.weights = {name: tensor.detach().clone() for name, tensor in tensors(model)}
+        self.weights = {name: local(tensor).clone() for name, tensor in tensors(model)}
 
     def on_train_end(self, trainer: Trainer, model: LightningModule) -> None:
         self.end = {
@@ -253,7 +253,7 @@ class Recorder(Callback):
                 self.end["saved"] = _training_state(torch.load(path, weights_only=False))
 
     def state(self, trainer: Trainer) -> dict[str, Any]:
-        weights = {name: tensor.detach().clone() for name, tensor in tensors(trainer.lightning_module)}
+        weights = {name: local(tensor).clone() for name, tensor in tensors(trainer.lightning_module)}
         return {"steps": self.steps, "weights": weights, **self.end}
 
 

@@ -208,8 +208,8 @@ def choose(backend: str, strategy: Strategy) -> str:
             )
         if not compat.saves_sharded(strategy):
             raise MisconfigurationException(
-                f"{who}(save_distributed_checkpoint=False) writes torchao's states to a file that cannot be read "
-                "again. Leave it at True."
+                f"{who} saves one file, from which torchao's 8-bit states cannot be read again. Let each process write "
+                "its own part: ZeRO(checkpoint='sharded'), or ModelParallelStrategy(save_distributed_checkpoint=True)."
             )
         return "torchao"
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):

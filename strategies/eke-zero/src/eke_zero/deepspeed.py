@@ -18,7 +18,7 @@ from eke_zero.strategy import ZeRO, ZeROError, say_plan
 _ITS_OWN = ("gradients", "optimizer state", "weights-at-eval")
 
 
-class DeepSpeedEngine(ZeRO, DeepSpeedStrategy):
+class DeepSpeedZeRO(ZeRO, DeepSpeedStrategy):
     """ZeRO on DeepSpeed."""
 
     def _engine_settings(self) -> dict[str, Any]:

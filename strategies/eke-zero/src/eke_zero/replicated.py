@@ -15,7 +15,7 @@ from eke_zero.offload import Offloaded
 from eke_zero.strategy import ZeRO, say_plan
 
 
-class Replicated(ZeRO, DDPStrategy):
+class ReplicatedZeRO(ZeRO, DDPStrategy):
     """ZeRO stage 1 on torch."""
 
     def setup(self, trainer: Trainer) -> None:

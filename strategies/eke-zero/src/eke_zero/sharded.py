@@ -32,7 +32,7 @@ from eke_zero.strategy import ZeRO, ZeROError, say_plan
 META = "meta.pt"  # Lightning's name for what is no tensor of the model or the optimizer
 
 
-class Sharded(ZeRO, ModelParallelStrategy):
+class ShardedZeRO(ZeRO, ModelParallelStrategy):
     """ZeRO stages 2 and 3 on torch."""
 
     is_distributed = True  # or Lightning would not give each process its own samples
@@ -177,7 +177,7 @@ class Sharded(ZeRO, ModelParallelStrategy):
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             put_back()
-            return super(Sharded, self)._step(what, step, args, kwargs)
+            return super(ShardedZeRO, self)._step(what, step, args, kwargs)
 
         vars(module)["forward"] = forward
         try:

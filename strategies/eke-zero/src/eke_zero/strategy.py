@@ -92,11 +92,11 @@ class ZeRO(TechniqueStrategy, Strategy):
         if cls is not ZeRO:
             return super().__new__(cls)
         if engine == "deepspeed":
-            from eke_zero.deepspeed import DeepSpeedEngine as engine_class
+            from eke_zero.deepspeed import DeepSpeedZeRO as engine_class
         elif stage == 1:
-            from eke_zero.replicated import Replicated as engine_class
+            from eke_zero.replicated import ReplicatedZeRO as engine_class
         else:
-            from eke_zero.sharded import Sharded as engine_class
+            from eke_zero.sharded import ShardedZeRO as engine_class
         return super().__new__(engine_class)
 
     def __init__(
