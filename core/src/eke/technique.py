@@ -94,6 +94,12 @@ class TechniqueCallback(Callback):
     def shape_from(self, manifest: dict[str, Any], pl_module: LightningModule) -> None:
         """Build the module tree that :meth:`manifest` described."""
 
+    def alter_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Change what is about to be saved, such as leave out weights that did not train."""
+
+    def complete_checkpoint(self, checkpoint: dict[str, Any], pl_module: LightningModule) -> None:
+        """Put back what :meth:`alter_checkpoint` left out, after :meth:`shape_from` and before weights load."""
+
     def step_kind(self) -> str:
         """What the cost of the coming step depends on, such as ``"4 of 8 blocks"``: benchmarks charge steps by kind."""
         return ""
@@ -361,6 +367,8 @@ class Coordinator(Callback):
             own["ranks"] = checkpoints.gather(trainer, here)
         checkpoint[checkpoints.KEY] = own
         self._save_eval_weights(checkpoint)
+        for technique in self._overriding("alter_checkpoint"):
+            technique.alter_checkpoint(checkpoint)
 
     def _load(self, call_next: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         own = checkpoint.get(checkpoints.KEY)
@@ -373,6 +381,8 @@ class Coordinator(Callback):
                 if manifest is not None:
                     self._refuse_late_shape(technique, trainer)
                     technique.shape_from(manifest, self._module(call_next))
+            for technique in self._overriding("complete_checkpoint"):
+                technique.complete_checkpoint(checkpoint, self._module(call_next))
             if fitting and (training := own.get("training_weights")):
                 checkpoint["state_dict"].update(training)
             if "callbacks" not in checkpoint:  # a weights-only file: the callback hook below will not be called
@@ -571,10 +581,15 @@ def load_from_checkpoint(
 
     class Reshaped(cls):
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-            for name, entry in checkpoint.get(checkpoints.KEY, {}).get("techniques", {}).items():
+            written = checkpoint.get(checkpoints.KEY, {}).get("techniques", {})
+            for name, technique in given.items():  # a file saved after the run, of weights only, says nothing of them
+                if name not in written and _overrides(technique, "manifest"):
+                    technique.alter_model(self)
+            for name, entry in written.items():
                 if entry["manifest"] is not None:
                     technique = given.get(name) or registry.create(name)
                     technique.shape_from(entry["manifest"], self)
+                    technique.complete_checkpoint(checkpoint, self)
             super().on_load_checkpoint(checkpoint)
 
     Reshaped.__name__, Reshaped.__qualname__, Reshaped.__module__ = cls.__name__, cls.__qualname__, cls.__module__
