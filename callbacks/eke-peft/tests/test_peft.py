@@ -64,12 +64,13 @@ METHODS = {
 def test_each_method_begins_where_the_model_is_and_trains_only_what_it_says(method, shape):
     if shape is TinyGPT2:
         pytest.importorskip("transformers")
-    if (method in ("dora", "pissa", "intrinsic")) and shape is TinyTransformer:
-        pytest.skip("nn.MultiheadAttention: peft has plain LoRA for it, and intrinsic none; refused in words below")
     arguments = {"train": HEADS[shape], **METHODS[method]}
     plain, model = shape(), shape()
     put(method, model, **arguments)
-    torch.testing.assert_close(logits(model), logits(plain), atol=1e-5 if method == "pissa" else 0, rtol=0)
+    # nn.TransformerEncoder computes in one piece where it can, which sums in another order.
+    tolerance = 1e-5 if method == "pissa" else 1e-6 if shape is TinyTransformer else 0
+    torch.testing.assert_close(logits(model), logits(plain), atol=tolerance, rtol=0)
+    model.train()
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     training = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     assert training
@@ -107,13 +108,20 @@ def test_the_layers_of_the_blocks_are_found_and_no_others(shape):
     assert len(outputs(model, attention=False)) == len(blocks)
 
 
-def test_attention_of_torch_is_adapted_where_it_computes():
-    model, _ = put("lora", TinyTransformer(), settings={"r": 4})
+def test_attention_of_torch_is_left_alone_and_refused_by_name():
+    assert not any("self_attn" in name for name in linear_layers(TinyTransformer()))
+    with pytest.raises(PEFTError, match="the base drifts by rounding"):
+        put("lora", TinyTransformer(), targets=["encoder.layers.0.self_attn"])
+
+
+@pytest.mark.parametrize("method", ["lora", "adapters"])
+def test_torch_does_not_pass_an_adapter_by_in_evaluation(method):
+    model, _ = put(method, TinyTransformer(), settings={"r": 4} if method == "lora" else {"width": 4})
     before = logits(model)
     for name, parameter in model.named_parameters():
-        if ".lora_B." in name and "self_attn" in name:
+        if ".lora_B." in name or ".up.weight" in name:
             nn.init.ones_(parameter)
-    assert not torch.equal(logits(model), before)
+    assert (logits(model) - before).abs().max() > 0.01
 
 
 def test_adapters_are_two_a_block_of_the_size_that_the_paper_says():
@@ -231,7 +239,7 @@ def bert(labels=3):
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
         vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=16, num_labels=labels, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        max_position_embeddings=64, num_labels=labels, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -272,11 +280,16 @@ def test_the_new_head_of_a_hugging_face_model_trains_by_itself():
     assert all(".lora_" in name for name in names if "classifier" not in name)
 
 
-@pytest.mark.parametrize("method", ["lora", "ia3", "bitfit", "adapters", "intrinsic", "prompt", "p-tuning", "prefix"])
+@pytest.mark.parametrize("method", ["lora", "ia3", "bitfit", "adapters", "intrinsic", "prompt", "p-tuning"])
 def test_methods_train_a_hugging_face_model_and_save_little(method, tmp_path):
     model = Classifier()
-    settings = {"prompt": {"task_type": "SEQ_CLS"}, "p-tuning": {"task_type": "SEQ_CLS"},
-                "prefix": {"task_type": "SEQ_CLS"}, "intrinsic": {"dimension": 30}}.get(method, {})  # fmt: skip
+    settings = {
+        "prompt": {"task_type": "SEQ_CLS"},
+        "p-tuning": {"task_type": "SEQ_CLS", "num_virtual_tokens": 4, "encoder_hidden_size": 8},
+        "lora": {"r": 4},
+        "adapters": {"width": 4},
+        "intrinsic": {"dimension": 30},
+    }.get(method, {})
     trainer = tune(model, PEFT(method, settings=settings))
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     saved = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
@@ -289,10 +302,51 @@ def test_methods_train_a_hugging_face_model_and_save_little(method, tmp_path):
     assert eke_model.global_step == 8
 
 
-def test_any_configuration_of_peft_can_be_passed():
-    model, technique = put(peft.VeraConfig(r=4, target_modules=["query", "value"]), Classifier())
-    assert any("vera_lambda" in name for name, p in model.named_parameters() if p.requires_grad)
-    assert technique.manifest()["method"] == "VERA"
+CONFIGS = [peft.LoHaConfig(r=4, target_modules=["query"]), peft.VeraConfig(r=4)]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["LoHa", "VeRA"])
+def test_any_configuration_of_peft_can_be_passed(config, tmp_path):
+    model = Classifier()
+    trainer = tune(model, PEFT(config), epochs=1)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert any("hada" in name or "vera_lambda" in name for name in names)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    again = Classifier()
+    tune(again, PEFT(config), ckpt=tmp_path / "x.ckpt", epochs=1)
+    for (name, one), (_, other) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+class Speaker(LightningModule):
+    """A causal model."""
+
+    def __init__(self):
+        super().__init__()
+        transformers = pytest.importorskip("transformers")
+        config = transformers.GPT2Config(
+            vocab_size=64, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.model = transformers.GPT2LMHeadModel(config)
+
+    def training_step(self, batch, batch_idx):
+        return self.model(input_ids=batch[0], labels=batch[0]).loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_a_causal_model_gets_a_prefix_or_a_prompt(method, tmp_path):
+    model, arguments = Speaker(), {"settings": {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}}
+    tune(model, PEFT(method, **arguments), epochs=1).save_checkpoint(tmp_path / "x.ckpt")
+    assert len(torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]) == 1
+    again = Speaker()
+    tune(again, PEFT(method, **arguments), ckpt=tmp_path / "x.ckpt", epochs=1)
+    for (name, one), (_, other) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
 
 
 # Checkpoints
@@ -428,13 +482,11 @@ def test_a_quantized_base_trains_saves_the_adapter_and_resumes(kind, tmp_path):
     saved = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
     assert all(".lora_" in name or name.startswith("head.") for name in saved)
     resumed = fit(Wide(), make(), epochs=2, ckpt=tmp_path / "x.ckpt")
-    for (name, one), (_, other) in zip(
-        unbroken.model.named_parameters(), resumed.model.named_parameters(), strict=True
-    ):
+    ends = unbroken.model.named_parameters(), resumed.model.named_parameters()
+    for (name, one), (_, other) in zip(*ends, strict=True):
         assert torch.equal(one, other), name
-    torch.testing.assert_close(
-        logits(unbroken.model), logits(fit(Wide(), PEFT(settings={"r": 4}, train=["head.*"])).model), atol=0.5, rtol=0
-    )
+    near, plain = logits(put("lora", Wide(), quantize=kind)[0]), logits(Wide())
+    assert 0 < (near - plain).norm() / plain.norm() < (0.1 if kind == "nf4" else 0.02)
     with pytest.raises(PEFTError, match="is quantized, and merging would round it again"):
         merge(unbroken.model)
 
@@ -465,9 +517,8 @@ def test_it_trains_and_saves_under_zero_as_under_ddp(stage, tmp_path):
     sharded = run(lambda: [zero.ZeRO(stage=stage)])
     assert max(float((ddp[name] - sharded[name]).abs().max()) for name in ddp) == 0
     run(lambda: [zero.ZeRO(stage=stage)], save=tmp_path / "x.ckpt", epochs=1)
-    assert all(
-        ".lora_" in n or n.startswith("head.") for n in torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
-    )
+    saved = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
+    assert all(".lora_" in name or name.startswith("head.") for name in saved)
     resumed = run(lambda: [zero.ZeRO(stage=stage)], ckpt=tmp_path / "x.ckpt")
     assert max(float((ddp[name] - resumed[name]).abs().max()) for name in ddp) == 0
 
@@ -534,7 +585,7 @@ def test_models_that_it_has_no_place_in_are_refused_in_words():
     with pytest.raises(PEFTError, match="has no part 'nowhere'"):
         put("lora", host="nowhere")
     with pytest.raises(PEFTError, match="whose weights are several"):
-        put("intrinsic", TinyTransformer())
+        put("intrinsic", TinyTransformer(), targets=["encoder.layers.0.self_attn"])
     model, _ = put("lora")
     del model.eke_peft
     with pytest.raises(PEFTError, match="has an adapter 'default' already"):

@@ -1,6 +1,6 @@
 from typing import ClassVar
 
-from eke.testing import TechniqueContract
+from eke.testing import TechniqueContract, checks
 from eke.testing.models import SHAPES, TinyBlocks
 from eke_peft import PEFT
 
@@ -24,3 +24,6 @@ class TestPEFT(TechniqueContract):
         return PEFT(
             settings={"r": 4}, train=["embed*", "pos*", "norm.*", "head*", "*wte*", "*wpe*", "*ln_f*", "cls*", "patch*"]
         )
+
+    def test_a_command_line_builds_it(self):  # which cannot import a model from this file
+        checks.a_command_line_builds_it(self.subject(model=TinyBlocks))

@@ -11,6 +11,9 @@ Pagnoni, Holtzman, Zettlemoyer 2023, https://arxiv.org/abs/2305.14314. Survey se
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
@@ -21,6 +24,8 @@ from eke.seams.blocks import find_blocks
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from peft import PeftConfig, get_peft_model, inject_adapter_in_model
+from peft.tuners.lora.layer import MultiheadAttention as PeftAttention
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -33,6 +38,7 @@ from eke_peft.methods import (
     PROMPTS,
     PEFTError,
     Prompts,
+    close_fast_path,
     fingerprint,
     linear_layers,
     outputs,
@@ -151,6 +157,9 @@ class PEFT(TechniqueCallback):
             if self.quantize:
                 quantize_layers(host, self._targets(host), self.quantize)
             self._put_method(pl_module, path, host)
+        for part in host.modules():
+            if isinstance(part, nn.TransformerEncoderLayer):
+                close_fast_path(part)
         for name, parameter in before.items():
             parameter.requires_grad_(name not in frozen)
         pl_module.eke_peft = {"hash": hashed, "description": self._description()}
@@ -187,8 +196,7 @@ class PEFT(TechniqueCallback):
                 raise PEFTError(
                     f"{self.method!r} puts a model around yours: keep it in an attribute of the LightningModule."
                 )
-            parent, _, child = path.rpartition(".")
-            setattr(pl_module.get_submodule(parent), child, get_peft_model(host, config, adapter_name=self.adapter))
+            self._wrap(pl_module, path, host, config)
             return
         if tuned(host) == "peft" and self.adapter in getattr(host, "peft_config", {}):
             raise PEFTError(
@@ -200,10 +208,30 @@ class PEFT(TechniqueCallback):
             config.target_modules, config.feedforward_modules = scaled(host, self.blocks)
         elif hasattr(config, "target_modules") and config.target_modules is None:
             config.target_modules = linear_layers(host, self.blocks)
-        inject_adapter_in_model(config, host, adapter_name=self.adapter)
+        acted = {part: list(part.active_adapters) for part in host.modules() if isinstance(part, BaseTunerLayer)}
+        try:
+            with _unmeshed(pl_module):
+                inject_adapter_in_model(config, host, adapter_name=self.adapter)
+        except ValueError as error:
+            if "get_peft_model" not in str(error) or not path:
+                raise PEFTError(
+                    f"peft does not put {config.peft_type.value} into {type(host).__name__}: {error}"
+                ) from error
+            self._wrap(pl_module, path, host, config)
+            return
         for part in host.modules():
-            if hasattr(part, "set_adapter") and hasattr(part, "adapter_layer_names"):
-                part.set_adapter([*_others(part, self.adapter), self.adapter])
+            if isinstance(part, PeftAttention):
+                raise PEFTError(
+                    "peft adds its matrices to nn.MultiheadAttention's weights in each forward pass and takes them "
+                    "off again, so that the base drifts by rounding. Leave it out of targets=."
+                )
+            if isinstance(part, BaseTunerLayer) and acted.get(part):
+                part.set_adapter([*acted[part], self.adapter])  # peft switches to the new one alone
+
+    def _wrap(self, pl_module: LightningModule, path: str, host: nn.Module, config: PeftConfig) -> None:
+        """Put peft's own model around the host, in the attribute that holds it."""
+        parent, _, child = path.rpartition(".")
+        setattr(pl_module.get_submodule(parent), child, get_peft_model(host, config, adapter_name=self.adapter))
 
     def _config(self) -> PeftConfig | None:
         """peft's configuration, with targets where they are known."""
@@ -339,8 +367,9 @@ class PEFT(TechniqueCallback):
         if manifest["hash"] != self._base:
             of = f" of {manifest['base']}" if manifest["base"] else ""
             raise PEFTError(
-                f"the checkpoint belongs to another base: the frozen parameters{of} had the hash {manifest['hash'][:12]}, "
-                f"and {type(pl_module).__name__}'s have {self._base[:12]}. Load the same pretrained weights first."
+                f"the checkpoint belongs to another base: the frozen parameters{of} had the hash "
+                f"{manifest['hash'][:12]}, and {type(pl_module).__name__}'s have {self._base[:12]}. Load the same "
+                "pretrained weights first."
             )
 
     def _adopt(self, manifest: dict[str, Any]) -> None:
@@ -370,7 +399,15 @@ class PEFT(TechniqueCallback):
             raise PEFTError(
                 f"the checkpoint holds no {lost[0]!r}, which trains in this run: its train= or method differ."
             )
-        checkpoint["state_dict"] = {**pl_module.state_dict(), **saved}
+        own = {
+            name
+            for name, _ in (
+                *pl_module.named_parameters(remove_duplicate=False),
+                *pl_module.named_buffers(remove_duplicate=False),
+            )
+        }
+        base = {name: value for name, value in pl_module.state_dict().items() if name in own}  # no notes of quantizers
+        checkpoint["state_dict"] = {**base, **saved}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_module": None, "_gated": []}
@@ -410,8 +447,14 @@ def _join(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     del optimizer.eke_groups
 
 
-def _others(layer: nn.Module, name: str) -> list[str]:
-    return [other for other in layer.active_adapters if other != name]
+@contextmanager
+def _unmeshed(module: LightningModule) -> Iterator[None]:
+    """Hide the processes' mesh, which Lightning keeps on the module, and peft takes for tensor parallelism."""
+    mesh, module._device_mesh = module._device_mesh, None
+    try:
+        yield
+    finally:
+        module._device_mesh = mesh
 
 
 def _token_width(block: nn.Module) -> int:
@@ -434,4 +477,6 @@ def _plain(value: Any) -> Any:
         return sorted(_plain(item) for item in value)
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    if isinstance(value, Enum):
+        return _plain(value.value)
     return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)

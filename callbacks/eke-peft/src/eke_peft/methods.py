@@ -55,10 +55,11 @@ class PEFTError(EkeError):
 
 
 def linear_layers(host: nn.Module, path: str | None = None) -> list[str]:
-    """Names of the linear layers inside the repeated blocks; ``nn.MultiheadAttention`` counts as one.
+    """Names of the linear layers inside the repeated blocks, but for those inside of ``nn.MultiheadAttention``, which
+    computes with their weights alone.
 
     Raises:
-        PEFTError: the blocks are not to be found.
+        PEFTError: the blocks are not to be found, or hold none.
     """
     blocks = _blocks(host, path)
     names = []
@@ -68,7 +69,6 @@ def linear_layers(host: nn.Module, path: str | None = None) -> list[str]:
         for name, part in block.named_modules():
             if isinstance(part, nn.MultiheadAttention):
                 inside.update(part.modules())
-                names.append(f"{prefix}.{name}")
             elif type(part).__name__ in _LINEAR and part not in inside:
                 names.append(f"{prefix}.{name}" if name else prefix)
     if not names:
@@ -283,6 +283,18 @@ def remove_intrinsic(host: nn.Module) -> None:
     for part in list(host.modules()):
         if parametrize.is_parametrized(part, "weight") and isinstance(part.parametrizations.weight[0], Fastfood):
             parametrize.remove_parametrizations(part, "weight", leave_parametrized=True)
+
+
+def close_fast_path(layer: nn.TransformerEncoderLayer) -> None:
+    """Keep torch from computing a layer in one piece, from the base's weights alone, where they do not train."""
+    layer.eke_activation, layer.activation_relu_or_gelu = layer.activation_relu_or_gelu, 0
+
+
+def open_fast_path(layer: nn.TransformerEncoderLayer) -> None:
+    """Undo :func:`close_fast_path`."""
+    if hasattr(layer, "eke_activation"):
+        layer.activation_relu_or_gelu = layer.eke_activation
+        del layer.eke_activation
 
 
 def tuned(module: nn.Module) -> str:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningModule
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from eke_peft.methods import Adapter, PEFTError, Prompts, remove_intrinsic
+from eke_peft.methods import Adapter, PEFTError, Prompts, close_fast_path, open_fast_path, remove_intrinsic
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -85,6 +84,9 @@ def load_adapter(module: nn.Module, folder: str | Path, name: str = "default", h
     _, base = host_of(module, host)
     config = PeftConfig.from_pretrained(str(folder))
     inject_adapter_in_model(config, base, adapter_name=name)
+    for part in base.modules():
+        if isinstance(part, nn.TransformerEncoderLayer):
+            close_fast_path(part)
     state = {key.removeprefix("base_model.model."): value for key, value in load_file(Path(folder) / WEIGHTS).items()}
     outcome = set_peft_model_state_dict(base, state, adapter_name=name)
     unknown = list(getattr(outcome, "unexpected_keys", ()))
@@ -140,8 +142,10 @@ def merge(module: nn.Module) -> nn.Module:
         _replace(module, name, part.modules_to_save[part.active_adapter])
     remove_intrinsic(module)
     for part in module.modules():
-        if isinstance(part, (nn.Module, LightningModule)) and "peft_config" in vars(part):
+        if "peft_config" in vars(part):
             del part.peft_config
+        if isinstance(part, nn.TransformerEncoderLayer):
+            open_fast_path(part)
     return module
 
 
