@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed._tools import mem_tracker
 from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -26,6 +28,7 @@ __all__ = [
     "epoch_of_next_batch",
     "expect_no_signals",
     "expect_unused_parameters",
+    "forget_processes",
     "leave_ddp_out",
     "leave_finished_epoch",
     "leave_out_of_ddp",
@@ -255,3 +258,13 @@ def start_at(trainer: Trainer, step: int) -> None:
     """Let a run of automatic optimization believe that it has done a number of steps already."""
     done = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
     done.ready = done.completed = step
+
+
+def forget_processes() -> None:
+    """Empty what torch remembers of sharded tensors: it goes by how many processes there are, not by which."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("torch.distributed.tensor", "torch.distributed.device_mesh", "torch.distributed._")):
+            for value in list(vars(module).values()):
+                if not isinstance(value, type) and callable(getattr(value, "cache_clear", None)):
+                    value.cache_clear()
+    _clear_sharding_prop_cache()

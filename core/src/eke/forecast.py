@@ -572,6 +572,7 @@ def _processes(ranks: int) -> Iterator[None]:
         yield
     finally:
         torch.distributed.destroy_process_group()
+        compat.forget_processes()
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
@@ -643,6 +644,8 @@ def _quiet() -> Iterator[None]:
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        yield
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -417,7 +417,9 @@ def test_sharded_parameters_go_to_torchao_and_to_no_other():
 
 def test_a_sharded_run_that_saves_to_one_file_is_refused():
     pytest.importorskip("torchao")
-    with pytest.raises(MisconfigurationException, match="saves one file, from which torchao's 8-bit states cannot be read again"):
+    with pytest.raises(
+        MisconfigurationException, match="saves one file, from which torchao's 8-bit states cannot be read again"
+    ):
         choose("auto", ModelParallelStrategy(save_distributed_checkpoint=False))
 
 

@@ -21,6 +21,7 @@ import torch
 from eke import Technique, TechniqueCallback
 from eke.seams import gate
 from eke.seams.blocks import find_blocks
+from eke.seams.state import KEY
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from peft import PeftConfig, get_peft_model, inject_adapter_in_model
@@ -63,8 +64,8 @@ class PEFT(TechniqueCallback):
 
     Args:
         method: ``"lora"``, ``"rslora"``, ``"dora"``, ``"pissa"``, ``"loftq"``, ``"ia3"``, ``"bitfit"``, ``"adapters"``
-            (Houlsby's bottlenecks), ``"vpt"`` (visual prompts), ``"intrinsic"``; for Hugging Face models also
-            ``"prompt"``, ``"prefix"``, ``"p-tuning"``; or any configuration of peft's.
+            (Houlsby's bottlenecks), ``"vpt"`` (visual prompts), ``"intrinsic"``, ``"head"`` (nothing but ``train``);
+            for Hugging Face models also ``"prompt"``, ``"prefix"``, ``"p-tuning"``; or any configuration of peft's.
         settings: Of the method: those of peft's configuration; ``width`` and ``after_attention`` of adapters;
             ``tokens``, ``deep``, ``prefix`` and ``dropout`` of vpt; ``dimension`` of intrinsic.
         targets: Dotted names of the layers, inside ``host``; for bitfit, patterns of biases. By default all linear
@@ -170,8 +171,8 @@ class PEFT(TechniqueCallback):
 
     def _put_method(self, pl_module: LightningModule, path: str, host: nn.Module) -> None:
         own = self._own()
-        if self.method == "bitfit":
-            return
+        if self.method in ("bitfit", "head"):
+            return  # nothing is put in
         if self.method == "adapters":
             names = self.targets or outputs(host, self.blocks, own["after_attention"])
             put_adapters(host, names, own["width"])
@@ -352,7 +353,8 @@ class PEFT(TechniqueCallback):
         if self._module is None or not getattr(self._module, "eke_peft", None):
             return None
         base = getattr(getattr(host_of(self._module, self.host)[1], "config", None), "_name_or_path", "")
-        return {**self._description(), "base": str(base), "hash": self._base, "train": self.train}
+        return {**self._description(), "base": str(base), "hash": self._base, "train": self.train,
+                "checkpoint": self.checkpoint}  # fmt: skip
 
     def shape_from(self, manifest: dict[str, Any], pl_module: LightningModule) -> None:
         if not getattr(pl_module, "eke_peft", None):
@@ -364,7 +366,9 @@ class PEFT(TechniqueCallback):
         if mine:
             key, value = next(iter(mine.items()))
             raise PEFTError(f"the checkpoint was written with {key}={manifest.get(key)!r}, and this run has {value!r}.")
-        if manifest["hash"] != self._base:
+        if manifest["checkpoint"] == "full":
+            self._base = pl_module.eke_peft["hash"] = manifest["hash"]  # which comes with it
+        elif manifest["hash"] != self._base:
             of = f" of {manifest['base']}" if manifest["base"] else ""
             raise PEFTError(
                 f"the checkpoint belongs to another base: the frozen parameters{of} had the hash "
@@ -388,7 +392,10 @@ class PEFT(TechniqueCallback):
         }
 
     def complete_checkpoint(self, checkpoint: dict[str, Any], pl_module: LightningModule) -> None:
-        if self.checkpoint == "full" or not getattr(pl_module, "eke_peft", None):
+        if not getattr(pl_module, "eke_peft", None):
+            return
+        entry = checkpoint.get(KEY, {}).get("techniques", {}).get(RECORD.name, {})
+        if (entry.get("manifest") or {}).get("checkpoint", self.checkpoint) == "full":
             return
         saved = checkpoint["state_dict"]
         if not isinstance(saved, dict):

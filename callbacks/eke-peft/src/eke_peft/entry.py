@@ -23,7 +23,11 @@ RECORD = Technique(
     reliefs=(Relief("rounding", {"quantize": "nf4"}),),
 )
 
-EXAMPLE = {"settings": {"r": 4}, "train": ["embed*", "position*", "norm*", "head*", "*wte*", "*wpe*", "*ln_f*"]}
+EXAMPLE = {
+    "settings": {"r": 4},
+    "checkpoint": "full",
+    "train": ["embed*", "position*", "norm*", "head*", "*wte*", "*wpe*", "*ln_f*"],
+}
 
 
 @hookimpl

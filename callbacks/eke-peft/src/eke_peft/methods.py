@@ -22,6 +22,7 @@ from eke.seams.blocks import Blocks, BlocksError, find_attention, find_blocks
 from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
@@ -40,6 +41,7 @@ LIBRARY: dict[str, tuple[type[PeftConfig], dict[str, Any]]] = {
     "p-tuning": (PromptEncoderConfig, {"num_virtual_tokens": 20}),
 }
 OWN: dict[str, dict[str, Any]] = {
+    "head": {},
     "bitfit": {},
     "adapters": {"width": 64, "after_attention": True},
     "vpt": {"tokens": 5, "deep": False, "prefix": 1, "dropout": 0.0},
@@ -322,5 +324,6 @@ def fingerprint(parameters: Mapping[str, Tensor], sample: int = 4096) -> str:
         flat = tensor.detach().reshape(-1)
         places = torch.linspace(0, max(0, flat.numel() - 1), min(sample, flat.numel()), dtype=torch.float64).long()
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        found.update(flat[places.to(flat.device)].float().cpu().numpy().tobytes() if flat.numel() else b"")
+        if flat.numel() and not isinstance(tensor, FakeTensor):  # a forecast's have no content
+            found.update(flat[places.to(flat.device)].float().cpu().numpy().tobytes())
     return found.hexdigest()
