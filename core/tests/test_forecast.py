@@ -309,6 +309,13 @@ def test_changes_come_in_the_order_of_their_cost():
     assert "zero:stage=1" not in [one for one, _, _ in changes(Setup(builder(TinyBlocks, 4)), 4)]
 
 
+def test_what_a_run_has_already_is_not_offered_nor_anything_weaker():
+    pytest.importorskip("eke_zero")
+    words = [one for one, _, _ in changes(Setup(builder(TinyBlocks, 4), {"zero": {"stage": 3}}, ranks=2), 4)]
+    assert "zero:remat=true" in words
+    assert not {"zero:stage=1", "zero:stage=2", "zero:stage=3"} & set(words)
+
+
 def test_the_first_change_that_fits_is_found_and_those_before_it_do_not():
     setup = Setup(builder(TinyBlocks), ranks=2)
     given = setup.forecast()

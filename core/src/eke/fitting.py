@@ -103,7 +103,7 @@ def changes(setup: Setup, samples: int) -> Iterator[tuple[str, str, Setup]]:
     if setup.options.get("precision", "32-true") in ("32-true", "32", 32):
         found.append(("precision=bf16-mixed", "rounding", _with_option(setup, "precision", "bf16-mixed")))
     for name in registry.available():
-        for relief in _reliefs(name):
+        for relief in _stronger(_reliefs(name), setup.recipe.get(name)):
             if setup.ranks >= relief.ranks:
                 changed = {**setup.recipe, name: {**setup.recipe.get(name, {}), **relief.arguments}}
                 if changed != dict(setup.recipe):
@@ -185,6 +185,12 @@ def _reliefs(name: str) -> tuple[Relief, ...]:
         return registry.get(name).reliefs
     except EkeError:  # broken; it hurts only who asks for it
         return ()
+
+
+def _stronger(reliefs: tuple[Relief, ...], given: Mapping[str, Any] | None) -> tuple[Relief, ...]:
+    """Those that go beyond what the run has already: a record names weaker ones first."""
+    had = [i for i, one in enumerate(reliefs) if given is not None and one.arguments.items() <= given.items()]
+    return reliefs[had[-1] + 1 :] if had else reliefs
 
 
 def _words(name: str, arguments: Mapping[str, Any]) -> str:

@@ -100,7 +100,7 @@ class Technique:
         after: Names of techniques that must act earlier. For what effects cannot say.
         exactness: One of :data:`EXACTNESS`.
         exceptions: Name of a contract test to the sentence why it cannot hold for this method.
-        reliefs: How it saves memory, for a forecast that looks for a way to fit.
+        reliefs: How it saves memory, weaker ways first, for a forecast that looks for a way to fit.
 
     Raises:
         ValueError: a word outside these vocabularies.
