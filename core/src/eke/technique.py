@@ -583,7 +583,8 @@ def load_from_checkpoint(
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             written = checkpoint.get(checkpoints.KEY, {}).get("techniques", {})
             for name, technique in given.items():  # a file saved after the run, of weights only, says nothing of them
-                if name not in written and _overrides(technique, "manifest"):
+                shapes = isinstance(technique, TechniqueCallback) and _overrides(technique, "manifest")
+                if name not in written and shapes:
                     technique.alter_model(self)
             for name, entry in written.items():
                 if entry["manifest"] is not None:
