@@ -86,8 +86,8 @@ def test_examples_of_a_row_do_not_see_each_other(folder):
 
 def test_it_tunes_exports_answers_and_goes_on(folder, data, tmp_path, capsys):
     peft = pytest.importorskip("peft")
-    words = ["--model", folder, "--data", data, "--out", tmp_path / "out", "--length", "64", "--batch", "2",
-             "--accumulate", "1", "--lr", "1e-2", "--accelerator", "cpu", "--validation", "0.2", "--ask", "Colour of coal?"]  # fmt: skip
+    words = ["--model", folder, "--data", data, "--out", tmp_path / "out", "--length", 64, "--batch", 2, "--lr", 1e-2]
+    words += ["--accumulate", 1, "--accelerator", "cpu", "--validation", 0.2, "--ask", "Colour of coal?"]
     words = [str(word) for word in words]
     assert finetune.main([*words, "--epochs", "2"]) == 0
     saved = torch.load(tmp_path / "out/last.ckpt", weights_only=True)
