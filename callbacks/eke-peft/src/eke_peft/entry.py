@@ -1,0 +1,35 @@
+"""Tells the eke registry what this distribution provides."""
+
+from eke import Relief, Technique, hookimpl
+
+_STAYS = "What it puts into the model is what was trained: it stays there when a run ends, or fails."
+
+RECORD = Technique(
+    name="peft",
+    kind="callback",
+    factory="eke_peft:PEFT",
+    paper="https://arxiv.org/abs/2106.09685",
+    survey="3 Parameter-efficient tuning, Table 1",
+    effects=("changes module tree", "replaces requires_grad", "changes optimizer"),
+    exactness="model-changing",
+    exceptions={
+        "test_after_a_run_the_model_is_as_before": _STAYS,
+        "test_it_fails_cleanly": _STAYS,
+        "test_its_checkpoint_loads_without_it_or_says_why_not": (
+            "It holds the adapter alone: a Trainer without PEFT names the weights of the base as missing."
+        ),
+        "test_it_costs_nothing_when_it_has_nothing_to_do": "There is no step in which an adapter has nothing to do.",
+    },
+    reliefs=(Relief("rounding", {"quantize": "nf4"}),),
+)
+
+EXAMPLE = {
+    "settings": {"r": 4},
+    "checkpoint": "full",
+    "train": ["embed*", "position*", "norm*", "head*", "*wte*", "*wpe*", "*ln_f*"],
+}
+
+
+@hookimpl
+def eke_technique() -> Technique:
+    return RECORD

@@ -1,0 +1,329 @@
+"""What is put into a model: peft's layers, and what peft lacks. And where: the targets, when nobody names any.
+
+Sources: BitFit, Ben Zaken, Goldberg, Ravfogel 2021, https://arxiv.org/abs/2106.10199. Adapters, Houlsby and others
+2019, https://arxiv.org/abs/1902.00751, section 2; their up projection starts at zero here, which makes the start
+exact. Visual prompts, Jia and others 2022, https://arxiv.org/abs/2203.12119, section 3. Intrinsic dimension,
+Aghajanyan, Zettlemoyer, Gupta 2020, https://arxiv.org/abs/2012.13255, section 3, by the Fastfood transform.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from eke import EkeError
+from eke.seams import gate
+from eke.seams.blocks import Blocks, BlocksError, find_attention, find_blocks
+from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+ADAPTER, PROMPTS = "eke_adapter", "eke_prompts"
+
+# Method to peft's configuration and what it sets there.
+LIBRARY: dict[str, tuple[type[PeftConfig], dict[str, Any]]] = {
+    "lora": (LoraConfig, {"r": 16, "lora_alpha": 32}),
+    "rslora": (LoraConfig, {"r": 16, "lora_alpha": 8, "use_rslora": True}),
+    "dora": (LoraConfig, {"r": 16, "lora_alpha": 32, "use_dora": True}),
+    "pissa": (LoraConfig, {"r": 16, "lora_alpha": 16, "init_lora_weights": "pissa"}),
+    "loftq": (LoraConfig, {"r": 16, "lora_alpha": 16, "init_lora_weights": "loftq"}),
+    "ia3": (IA3Config, {}),
+    "prompt": (PromptTuningConfig, {"num_virtual_tokens": 20}),
+    "prefix": (PrefixTuningConfig, {"num_virtual_tokens": 20}),
+    "p-tuning": (PromptEncoderConfig, {"num_virtual_tokens": 20}),
+}
+OWN: dict[str, dict[str, Any]] = {
+    "head": {},
+    "bitfit": {},
+    "adapters": {"width": 64, "after_attention": True},
+    "vpt": {"tokens": 5, "deep": False, "prefix": 1, "dropout": 0.0},
+    "intrinsic": {"dimension": 1000},
+}
+METHODS = (*LIBRARY, *OWN)
+PROMPTING = ("prompt", "prefix", "p-tuning")
+_LINEAR = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
+
+
+class PEFTError(EkeError):
+    """A model cannot be tuned so, or a checkpoint does not belong to it."""
+
+
+def linear_layers(host: nn.Module, path: str | None = None) -> list[str]:
+    """Names of the linear layers inside the repeated blocks, but for those inside of ``nn.MultiheadAttention``, which
+    computes with their weights alone.
+
+    Raises:
+        PEFTError: the blocks are not to be found, or hold none.
+    """
+    blocks = _blocks(host, path)
+    names = []
+    for number, block in enumerate(blocks):
+        prefix = blocks.path_of(number)
+        inside: set[nn.Module] = set()
+        for name, part in block.named_modules():
+            if isinstance(part, nn.MultiheadAttention):
+                inside.update(part.modules())
+            elif type(part).__name__ in _LINEAR and part not in inside:
+                names.append(f"{prefix}.{name}" if name else prefix)
+    if not names:
+        raise PEFTError(f"the blocks at {blocks.path!r} hold no linear layers. Name the targets: targets=[...].")
+    return names
+
+
+def outputs(host: nn.Module, path: str | None = None, attention: bool = True) -> list[str]:
+    """Names of the layers that end a block's MLP, and its attention: what they give is added to the residual stream."""
+    blocks = _blocks(host, path)
+    names = []
+    for number, block in enumerate(blocks):
+        layers = [(name, part) for name, part in block.named_modules() if type(part).__name__ in _LINEAR]
+        inner = {id(part) for one in find_attention(block) if one.kind == "torch" for part in one.module.modules()}
+        layers = [(name, part) for name, part in layers if id(part) not in inner]
+        width = _sizes(layers[-1][1])[1] if layers else 0
+        down = [name for name, part in layers if _sizes(part)[1] == width != _sizes(part)[0]]
+        if not down:
+            raise PEFTError(
+                f"the block {blocks.path_of(number)!r} has no projection that ends its MLP. Name targets=[...]."
+            )
+        found = [down[-1]]
+        if attention:
+            torchs = [one.path for one in find_attention(block) if one.kind == "torch"]
+            named = re.compile(r"(^|[._])(q|k|v|qkv|query|key|value)(_?(proj|lin))?$")
+            square = [name for name, part in layers if _sizes(part) == (width, width) and not named.search(name)]
+            if not torchs and not square:
+                raise PEFTError(f"the block {blocks.path_of(number)!r} has no projection that ends its attention. "
+                                "Name targets=[...].")  # fmt: skip
+            found.insert(0, torchs[0] if torchs else square[0])
+        names += [f"{blocks.path_of(number)}.{name}" for name in found]
+    return names
+
+
+def scaled(host: nn.Module, path: str | None = None) -> tuple[list[str], list[str]]:
+    """What IA3 scales: keys, values, and the input of the layer that ends the MLP."""
+    blocks, names = _blocks(host, path), []
+    ends = outputs(host, path, attention=False)
+    for number, block in enumerate(blocks):
+        for one in find_attention(block):
+            if one.kind not in ("separate", "fused"):
+                raise PEFTError(
+                    f"the attention at {blocks.path_of(number)!r} has no key and value projections of its own, which "
+                    "IA3 scales. Name targets=[...] and settings={'feedforward_modules': [...]}."
+                )
+            parts = {id(one.projection(which)) for which in ("k", "v")}
+            names += [f"{blocks.path_of(number)}.{name}" for name, part in block.named_modules() if id(part) in parts]
+    return names + ends, ends
+
+
+def _blocks(host: nn.Module, path: str | None) -> Blocks:
+    try:
+        return find_blocks(host, path)
+    except BlocksError as error:
+        raise PEFTError(f"{error} Or name the layers: targets=[...].") from None
+
+
+def _sizes(layer: nn.Module) -> tuple[int, int]:
+    """Features in and out."""
+    if hasattr(layer, "in_features"):
+        return layer.in_features, layer.out_features
+    return tuple(layer.weight.shape)  # Hugging Face's Conv1D
+
+
+def _width(block: nn.Module) -> int:
+    norms = [part for part in block.modules() if isinstance(part, nn.LayerNorm)]
+    if norms:
+        return norms[0].normalized_shape[-1]
+    return next(_sizes(part)[0] for part in block.modules() if type(part).__name__ in _LINEAR)
+
+
+# ---------------------------------------------------------------------- what peft lacks
+
+
+class Adapter(nn.Module):
+    """A bottleneck beside a layer's output, added to it. At the start it adds nothing."""
+
+    def __init__(self, features: int, width: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(features, width), nn.Linear(width, features)
+        nn.init.trunc_normal_(self.down.weight, std=1e-2)
+        nn.init.zeros_(self.down.bias)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.up(F.gelu(self.down(hidden.to(self.down.weight.dtype)))).to(hidden.dtype)
+
+
+def _adapt(module: nn.Module, inputs: Any, output: Any) -> Any:
+    adapter = getattr(module, ADAPTER)
+    return (adapter(output[0]), *output[1:]) if isinstance(output, tuple) else adapter(output)
+
+
+def put_adapters(host: nn.Module, names: Iterable[str], width: int) -> None:
+    """Put a bottleneck behind each of these layers."""
+    for name in names:
+        layer = host.get_submodule(name)
+        features = layer.embed_dim if isinstance(layer, nn.MultiheadAttention) else _sizes(layer)[1]
+        layer.add_module(ADAPTER, Adapter(features, width))
+        layer.register_forward_hook(_adapt)
+
+
+class Prompts(nn.Module):
+    """Learned tokens: of the first block, or of each.
+
+    Args:
+        layers: 1, or the number of blocks.
+        tokens: Of one block.
+        width: Of a token.
+        patch: Features of what a patch is made from, for the size of the first values.
+        dropout: Of prompts, while training.
+    """
+
+    def __init__(self, layers: int, tokens: int, width: int, patch: int, dropout: float) -> None:
+        super().__init__()
+        bound = math.sqrt(6 / (patch + width))
+        self.tokens = nn.Parameter(torch.empty(layers, tokens, width).uniform_(-bound, bound))
+        self.dropout = dropout
+
+    def of(self, layer: int) -> Tensor:
+        return F.dropout(self.tokens[layer], self.dropout, self.training)
+
+
+def put_prompts(host: nn.Module, prompts: Prompts, blocks: Blocks, prefix: int, owner: str) -> list[nn.Module]:
+    """Let blocks see the prompts, behind the first ``prefix`` tokens, and nobody after the last block."""
+    modules, count = list(blocks), prompts.tokens.shape[1]
+    gate.attach(modules, owner)
+    for layer, block in enumerate(modules):
+        before = after = None
+        if layer == 0:
+            before = partial(_insert, prompts, prefix)
+        elif len(prompts.tokens) > 1:
+            before = partial(_replace, prompts, layer, prefix)
+        if layer == len(modules) - 1:
+            after = partial(_remove, count, prefix)
+        gate.put(block, owner, *([gate.Edit(before, after)] if before or after else []))
+    return modules
+
+
+def _insert(prompts: Prompts, prefix: int, hidden: Tensor) -> Tensor:
+    return gate.insert_tokens(hidden, prompts.of(0), prefix)
+
+
+def _replace(prompts: Prompts, layer: int, prefix: int, hidden: Tensor) -> Tensor:
+    return gate.replace_tokens(hidden, prompts.of(layer), prefix)
+
+
+def _remove(count: int, prefix: int, hidden: Tensor) -> Tensor:
+    return torch.cat([hidden[:, :prefix], hidden[:, prefix + count :]], dim=1)
+
+
+class Fastfood(nn.Module):
+    """Adds to a weight a random linear map of a few numbers, H G P H B z, structured so that it is never stored whole.
+
+    Args:
+        numbers: The numbers, shared by all weights.
+        shape: Of the weight.
+        seed: Of the map.
+    """
+
+    def __init__(self, numbers: nn.Parameter, shape: torch.Size, seed: int) -> None:
+        super().__init__()
+        self.numbers, self.shape = numbers, shape
+        self.size = 2 ** math.ceil(math.log2(max(numbers.numel(), 2)))
+        self.parts = math.ceil(shape.numel() / self.size)
+        draw = torch.Generator().manual_seed(seed)
+        signs = torch.randint(0, 2, (self.parts, self.size), generator=draw) * 2 - 1
+        gauss = torch.randn(self.parts, self.size, generator=draw)
+        order = torch.stack([torch.randperm(self.size, generator=draw) for _ in range(self.parts)])
+        self.register_buffer("signs", signs.to(torch.int8), persistent=False)
+        self.register_buffer("gauss", gauss, persistent=False)
+        self.register_buffer("order", order, persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        padded = F.pad(self.numbers.float(), (0, self.size - self.numbers.numel()))
+        mixed = walsh_hadamard(padded * self.signs)
+        mixed = walsh_hadamard(mixed.gather(1, self.order) * self.gauss)
+        mixed = mixed / (self.gauss.norm(dim=1, keepdim=True) * math.sqrt(self.size))
+        return weight + mixed.flatten()[: weight.numel()].view(self.shape).to(weight.dtype)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight
+
+
+def walsh_hadamard(rows: Tensor) -> Tensor:
+    """The Walsh-Hadamard transform of each row, (n, 2^k), without its factor."""
+    size, step = rows.shape[1], 1
+    while step < size:
+        pairs = rows.view(len(rows), size // (2 * step), 2, step)
+        rows = torch.cat([pairs[:, :, :1] + pairs[:, :, 1:], pairs[:, :, :1] - pairs[:, :, 1:]], dim=2).reshape(
+            -1, size
+        )
+        step *= 2
+    return rows
+
+
+def put_intrinsic(host: nn.Module, names: Iterable[str], dimension: int, seed: int) -> None:
+    """Let all these weights move together along a few random directions."""
+    numbers = nn.Parameter(torch.zeros(dimension))
+    for place, name in enumerate(names):
+        layer = host.get_submodule(name)
+        if isinstance(layer, nn.MultiheadAttention):
+            raise PEFTError(
+                f"{name!r} is an nn.MultiheadAttention, whose weights are several. Name other targets=[...]."
+            )
+        parametrize.register_parametrization(layer, "weight", Fastfood(numbers, layer.weight.shape, seed + place))
+
+
+def remove_intrinsic(host: nn.Module) -> None:
+    """Leave each weight where it has moved to."""
+    for part in list(host.modules()):
+        if parametrize.is_parametrized(part, "weight") and isinstance(part.parametrizations.weight[0], Fastfood):
+            parametrize.remove_parametrizations(part, "weight", leave_parametrized=True)
+
+
+def close_fast_path(layer: nn.TransformerEncoderLayer) -> None:
+    """Keep torch from computing a layer in one piece, from the base's weights alone, where they do not train."""
+    layer.eke_activation, layer.activation_relu_or_gelu = layer.activation_relu_or_gelu, 0
+
+
+def open_fast_path(layer: nn.TransformerEncoderLayer) -> None:
+    """Undo :func:`close_fast_path`."""
+    if hasattr(layer, "eke_activation"):
+        layer.activation_relu_or_gelu = layer.eke_activation
+        del layer.eke_activation
+
+
+def tuned(module: nn.Module) -> str:
+    """What a module has been given already; empty where nothing."""
+    for part in module.modules():
+        if isinstance(part, BaseTunerLayer):
+            return "peft"
+        if isinstance(part, (Adapter, Prompts, Fastfood)):
+            return type(part).__name__
+    return ""
+
+
+# ---------------------------------------------------------------------- which base
+
+
+def fingerprint(parameters: Mapping[str, Tensor], sample: int = 4096) -> str:
+    """A hash of parameters: names, shapes, dtypes, and evenly spaced numbers of each.
+
+    Args:
+        parameters: By name, before anything is put into the model.
+        sample: Numbers of each tensor that are looked at, first and last among them.
+    """
+    found = hashlib.blake2b(digest_size=16)
+    for name, tensor in parameters.items():
+        flat = tensor.detach().reshape(-1)
+        places = torch.linspace(0, max(0, flat.numel() - 1), min(sample, flat.numel()), dtype=torch.float64).long()
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        if flat.numel() and not isinstance(tensor, FakeTensor):  # a forecast's have no content
+            found.update(flat[places.to(flat.device)].float().cpu().numpy().tobytes())
+    return found.hexdigest()

@@ -1,0 +1,154 @@
+"""Adapters outside of a run: peft's own files, merging, several in one model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from eke_peft.methods import Adapter, PEFTError, Prompts, close_fast_path, open_fast_path, remove_intrinsic
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def host_of(module: nn.Module, path: str | None = None) -> tuple[str, nn.Module]:
+    """The part of a model that is adapted: the one Hugging Face model inside, or all of it.
+
+    Raises:
+        PEFTError: no such part, or several Hugging Face models.
+    """
+    if path is not None:
+        try:
+            return path, module.get_submodule(path)
+        except AttributeError:
+            children = ", ".join(name for name, _ in module.named_children())
+            raise PEFTError(f"{type(module).__name__} has no part {path!r}; it has {children}.") from None
+    found = [
+        (name, part) for name, part in module.named_modules()
+        if isinstance(part, PeftModel) or (hasattr(part, "from_pretrained") and hasattr(part, "config"))
+    ]  # fmt: skip
+    outer = [
+        (name, part)
+        for name, part in found
+        if not any(name.startswith(f"{other}.") or (not other and name) for other, _ in found)
+    ]
+    if len(outer) > 1:
+        raise PEFTError(
+            f"{type(module).__name__} holds {', '.join(name for name, _ in outer)}. Say which: host='{outer[0][0]}'."
+        )
+    return outer[0] if outer else ("", module)
+
+
+def export(module: nn.Module, folder: str | Path, name: str = "default", host: str | None = None) -> Path:
+    """Write an adapter as peft does, for ``PeftModel.from_pretrained(base, folder)``.
+
+    Args:
+        module: A LightningModule or model that :class:`~eke_peft.PEFT` has adapted.
+        folder: Where to. What lies there under peft's names is written over once all is complete.
+        name: Of the adapter.
+        host: Path of the adapted part, where :func:`host_of` needs help.
+
+    Raises:
+        PEFTError: there is none, or it is of a method that peft does not know.
+    """
+    _, base = host_of(module, host)
+    configs = getattr(base, "peft_config", None)
+    if not configs or name not in configs:
+        raise PEFTError(f"{type(base).__name__} has no adapter {name!r} of peft's; it has {sorted(configs or ())}.")
+    state = get_peft_model_state_dict(base, adapter_name=name)
+    if not isinstance(base, PeftModel):
+        state = {f"base_model.model.{key}": value for key, value in state.items()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f".{WEIGHTS}.part"
+    save_file({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}, part)
+    config = configs[name]
+    inference, config.inference_mode = config.inference_mode, True
+    config.save_pretrained(folder)
+    config.inference_mode = inference
+    part.replace(folder / WEIGHTS)
+    return folder
+
+
+def load_adapter(module: nn.Module, folder: str | Path, name: str = "default", host: str | None = None) -> None:
+    """Put an adapter that peft, or :func:`export`, has written into a model, beside those that are there.
+
+    Raises:
+        PEFTError: the file holds what the model has no place for, or lacks what it has.
+    """
+    _, base = host_of(module, host)
+    config = PeftConfig.from_pretrained(str(folder))
+    inject_adapter_in_model(config, base, adapter_name=name)
+    for part in base.modules():
+        if isinstance(part, nn.TransformerEncoderLayer):
+            close_fast_path(part)
+    state = {key.removeprefix("base_model.model."): value for key, value in load_file(Path(folder) / WEIGHTS).items()}
+    outcome = set_peft_model_state_dict(base, state, adapter_name=name)
+    unknown = list(getattr(outcome, "unexpected_keys", ()))
+    expected = set(get_peft_model_state_dict(base, adapter_name=name))
+    lost = sorted(expected - set(state))
+    if unknown or lost:
+        raise PEFTError(f"the adapter in {folder} does not fit: {', '.join((unknown or lost)[:3])}.")
+
+
+def set_adapter(module: nn.Module, *names: str) -> None:
+    """Switch to these adapters, which act together; with none, to the base alone.
+
+    Raises:
+        PEFTError: no layer has one of this name.
+    """
+    layers = [part for part in module.modules() if isinstance(part, (BaseTunerLayer, ModulesToSaveWrapper))]
+    known = {name for part in layers if isinstance(part, BaseTunerLayer) for name in _names(part)}
+    if missing := [name for name in names if name not in known]:
+        raise PEFTError(f"no adapter {missing[0]!r}; there are {', '.join(sorted(known)) or 'none'}.")
+    for part in layers:
+        part.enable_adapters(bool(names))
+        if names:
+            own = [name for name in names if not isinstance(part, BaseTunerLayer) or name in _names(part)]
+            part.set_adapter(own if isinstance(part, BaseTunerLayer) else own[0])
+
+
+def _names(layer: BaseTunerLayer) -> set[str]:
+    return {key for attribute in layer.adapter_layer_names for key in getattr(layer, attribute)}
+
+
+@torch.no_grad()
+def merge(module: nn.Module) -> nn.Module:
+    """Add adapters to the weights they adapt, and take them out: the plain model again, with the names it had.
+
+    Raises:
+        PEFTError: a quantized weight, which would be rounded again; or what cannot be merged.
+    """
+    if any(isinstance(part, (Adapter, Prompts)) for part in module.modules()):
+        raise PEFTError("bottleneck adapters and prompts are no sums of weights, and cannot be merged.")
+    if any(isinstance(part, PeftModel) for part in module.modules()):
+        raise PEFTError("prompts are no sums of weights, and cannot be merged.")
+    layers = [(name, part) for name, part in module.named_modules() if isinstance(part, BaseTunerLayer)]
+    for name, part in layers:
+        if type(part.get_base_layer()).__name__ in ("Linear4bit", "Linear8bitLt"):
+            raise PEFTError(
+                f"{name} is quantized, and merging would round it again. Export the adapter, load the base without "
+                "quantize= and merge there."
+            )
+    for name, part in layers:
+        part.merge(safe_merge=True)
+        _replace(module, name, part.get_base_layer())
+    for name, part in [(name, part) for name, part in module.named_modules() if isinstance(part, ModulesToSaveWrapper)]:
+        _replace(module, name, part.modules_to_save[part.active_adapter])
+    remove_intrinsic(module)
+    for part in module.modules():
+        if "peft_config" in vars(part):
+            del part.peft_config
+        if isinstance(part, nn.TransformerEncoderLayer):
+            open_fast_path(part)
+    return module
+
+
+def _replace(module: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(module.get_submodule(parent), child, new)

@@ -1,0 +1,606 @@
+import copy
+import warnings
+
+import eke
+import peft
+import pytest
+import torch
+from eke.seams.blocks import find_blocks
+from eke.testing import run as kit
+from eke.testing import run_ranks
+from eke.testing.data import shuffled
+from eke.testing.models import SHAPES, TinyBlocks, TinyGPT2, TinyModel, TinyTransformer, TinyViT
+from eke_peft import PEFT, PEFTError, export, load_adapter, merge, set_adapter
+from eke_peft.callback import trained_names
+from eke_peft.methods import Adapter, Fastfood, linear_layers, outputs, walsh_hadamard
+from lightning.pytorch import Callback, LightningModule
+from torch import nn
+
+HEADS = {
+    TinyBlocks: ["head.*"],
+    TinyTransformer: ["head.*"],
+    TinyViT: ["head.*"],
+    TinyGPT2: ["*ln_f*"],
+}
+
+
+def fit(model, technique, epochs=2, **options):
+    return kit.fit(model, technique, epochs=epochs, **options)
+
+
+def put(method, model=None, **arguments):
+    """A model with an adapter, and the technique that put it in."""
+    model, technique = model or TinyBlocks(), PEFT(method, **arguments)
+    technique.alter_model(model)
+    return model, technique
+
+
+def inputs(model, samples=4):
+    data = type(model).dataset(samples)
+    return torch.stack([torch.as_tensor(data[i][0]) for i in range(samples)])
+
+
+def logits(model):
+    model.eval()
+    with torch.no_grad():
+        return model(inputs(model))
+
+
+# What is put in
+
+METHODS = {
+    "lora": {},
+    "rslora": {},
+    "dora": {},
+    "pissa": {"settings": {"r": 4}},
+    "bitfit": {},
+    "adapters": {"settings": {"width": 4}},
+    "intrinsic": {"settings": {"dimension": 20}},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_begins_where_the_model_is_and_trains_only_what_it_says(method, shape):
+    if shape is TinyGPT2:
+        pytest.importorskip("transformers")
+    arguments = {"train": HEADS[shape], **METHODS[method]}
+    plain, model = shape(), shape()
+    put(method, model, **arguments)
+    # nn.TransformerEncoder computes in one piece where it can, which sums in another order.
+    tolerance = 1e-5 if method == "pissa" else 1e-6 if shape is TinyTransformer else 0
+    torch.testing.assert_close(logits(model), logits(plain), atol=tolerance, rtol=0)
+    model.train()
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    training = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    assert training
+    done = fit(model, PEFT(method, **arguments))
+    after = dict(done.model.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in frozen.items())
+    moved = [name for name, value in training.items() if not torch.equal(after[name], value)]
+    assert len(moved) >= 0.6 * len(training)  # A of LoRA has no gradient while B is zero, for a step
+    losses = [step["loss"] for step in done.state["steps"].values()]
+    assert sum(losses[-4:]) < sum(losses[:4])
+
+
+def test_lora_counts_and_starts_as_the_paper_says():
+    model, _ = put("lora", settings={"r": 4})
+    layers = linear_layers(TinyBlocks())
+    expected = sum(4 * (layer.in_features + layer.out_features) for layer in map(TinyBlocks().get_submodule, layers))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
+    first = next(p for name, p in model.named_parameters() if ".lora_A." in name)
+    second = next(p for name, p in model.named_parameters() if ".lora_B." in name)
+    assert first.abs().max() <= 1 / first.shape[1] ** 0.5
+    assert not second.any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_layers_of_the_blocks_are_found_and_no_others(shape):
+    if shape is TinyGPT2:
+        pytest.importorskip("transformers")
+    model = shape()
+    blocks = find_blocks(model)
+    names = linear_layers(model)
+    assert all(name.startswith(f"{blocks.path}.") for name in names)
+    assert len(names) % len(blocks) == 0
+    ends = outputs(model)
+    assert len(ends) == 2 * len(blocks)
+    assert len(outputs(model, attention=False)) == len(blocks)
+
+
+def test_attention_of_torch_is_left_alone_and_refused_by_name():
+    assert not any("self_attn" in name for name in linear_layers(TinyTransformer()))
+    with pytest.raises(PEFTError, match="the base drifts by rounding"):
+        put("lora", TinyTransformer(), targets=["encoder.layers.0.self_attn"])
+
+
+@pytest.mark.parametrize("method", ["lora", "adapters"])
+def test_torch_does_not_pass_an_adapter_by_in_evaluation(method):
+    model, _ = put(method, TinyTransformer(), settings={"r": 4} if method == "lora" else {"width": 4})
+    before = logits(model)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name or ".up.weight" in name:
+            nn.init.ones_(parameter)
+    assert (logits(model) - before).abs().max() > 0.01
+
+
+def test_adapters_are_two_a_block_of_the_size_that_the_paper_says():
+    model, _ = put("adapters", settings={"width": 4})
+    found = [part for part in model.modules() if isinstance(part, Adapter)]
+    assert len(found) == 2 * 4
+    assert sum(p.numel() for p in found[0].parameters()) == 2 * 16 * 4 + 4 + 16
+    model, _ = put("adapters", settings={"width": 4, "after_attention": False})
+    assert sum(isinstance(part, Adapter) for part in model.modules()) == 4
+
+
+def test_bitfit_trains_biases_alone_and_refuses_a_model_without():
+    model, _ = put("bitfit")
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert names
+    assert all(name.endswith("bias") for name in names)
+    assert {name for name, _ in model.named_parameters() if name.endswith("bias")} == set(names)
+    some, _ = put("bitfit", targets=["*attn*"])
+    assert all("attn" in name for name, p in some.named_parameters() if p.requires_grad)
+
+    class Plain(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(3))
+
+    with pytest.raises(PEFTError, match="no biases that BitFit could train"):
+        PEFT("bitfit").alter_model(Plain())
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_visual_prompts_are_seen_by_the_blocks_and_nobody_else(deep):
+    model, technique = put("vpt", TinyViT(), settings={"tokens": 3, "deep": deep}, train=["head.*"])
+    lengths = []
+    handles = [
+        block.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+        for block in find_blocks(model)
+    ]
+    after = []
+    handles.append(model.norm.register_forward_pre_hook(lambda _, args: after.append(args[0].shape[1])))
+    logits(model)
+    [handle.remove() for handle in handles]
+    tokens = after[0]
+    assert lengths == [tokens + 3] * 4
+    prompts = model.eke_prompts.tokens
+    assert prompts.shape == (4 if deep else 1, 3, 16)
+    bound = (6 / (model.patches.weight[0].numel() if hasattr(model, "patches") else 12 + 16)) ** 0.5
+    assert prompts.abs().max() <= max(bound, 1)
+    technique.restore_model(model)
+
+
+def test_a_prompt_of_one_block_does_not_reach_those_of_the_next():
+    model, technique = put("vpt", TinyViT(), settings={"tokens": 3, "deep": True}, train=["head.*"])
+    seen = []
+    handle = find_blocks(model)[1].register_forward_pre_hook(lambda _, args: seen.append(args[0][:, 1:4].clone()))
+    logits(model)
+    with torch.no_grad():
+        model.eke_prompts.tokens[0] += 1
+    logits(model)
+    handle.remove()
+    assert torch.equal(seen[0], seen[1])
+    technique.restore_model(model)
+
+
+def test_the_backbone_is_in_eval_while_prompts_train():
+    modes = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, model, *_):
+            modes.append((model.blocks[0].training, model.eke_prompts.training))
+
+    kit.fit(TinyViT(dropout=0.5), PEFT("vpt", train=["head.*"]), epochs=2, callbacks=[Watch()], validate=False)
+    assert set(modes) == {(False, True)}
+
+
+def test_the_transform_of_the_intrinsic_dimension_is_a_hadamard_matrix():
+    whole = walsh_hadamard(torch.eye(8))
+    assert torch.equal(whole @ whole.T, 8 * torch.eye(8))
+    assert set(whole.flatten().tolist()) == {1.0, -1.0}
+
+
+def test_intrinsic_directions_are_of_one_length_and_nearly_apart():
+    numbers = nn.Parameter(torch.zeros(64))
+    part = Fastfood(numbers, torch.Size([64, 128]), seed=1)
+    moved = torch.stack([
+        torch.autograd.functional.jvp(lambda z: _with(part, z), torch.zeros(64), torch.eye(64)[i])[1].flatten()
+        for i in range(8)
+    ])  # fmt: skip
+    lengths = moved.norm(dim=1)
+    assert lengths.std() / lengths.mean() < 0.1
+    products = (moved / lengths[:, None]) @ (moved / lengths[:, None]).T - torch.eye(8)
+    assert products.abs().max() < 0.15
+
+
+def _with(part, numbers):
+    return torch.func.functional_call(part, {"numbers": numbers}, (torch.zeros(part.shape),))
+
+
+def test_lora_plus_steps_the_second_matrix_farther():
+    class Descent(TinyBlocks):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def second(ratio):
+        model = fit(Descent(), PEFT(settings={"r": 4}, lr_ratio=ratio), epochs=1, steps=1).model
+        return torch.cat([p.detach().flatten() for name, p in model.named_parameters() if ".lora_B." in name])
+
+    torch.testing.assert_close(second(16.0), 16 * second(1.0))
+    torch.testing.assert_close(second(None), second(1.0))
+
+
+# Hugging Face
+
+
+def bert(labels=3):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=64, num_labels=labels, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return transformers.BertForSequenceClassification(config)
+
+
+class Classifier(LightningModule):
+    def __init__(self, base=None):
+        super().__init__()
+        self.model = base or bert()
+
+    def training_step(self, batch, batch_idx):
+        return self.model(input_ids=batch[0], labels=batch[1]).loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def texts():
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(64, (16, 8), generator=draw)
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(tokens, tokens[:, 0] % 3), 4)
+
+
+def tune(model, technique, ckpt=None, epochs=2, **options):
+    trainer = kit.make_trainer(technique, epochs=epochs, **options)
+    kit.seed_everything(0)
+    with kit.quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(model, texts(), ckpt_path=ckpt)
+    return trainer
+
+
+def test_the_new_head_of_a_hugging_face_model_trains_by_itself():
+    model, _ = put("lora", Classifier())
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {"model.classifier.weight", "model.classifier.bias"} <= names
+    assert all(".lora_" in name for name in names if "classifier" not in name)
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3", "bitfit", "adapters", "intrinsic", "prompt", "p-tuning"])
+def test_methods_train_a_hugging_face_model_and_save_little(method, tmp_path):
+    model = Classifier()
+    settings = {
+        "prompt": {"task_type": "SEQ_CLS"},
+        "p-tuning": {"task_type": "SEQ_CLS", "num_virtual_tokens": 4, "encoder_hidden_size": 8},
+        "lora": {"r": 4},
+        "adapters": {"width": 4},
+        "intrinsic": {"dimension": 30},
+    }.get(method, {})
+    trainer = tune(model, PEFT(method, settings=settings))
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    saved = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
+    assert set(saved) == trained_names(model)
+    assert sum(value.numel() for value in saved.values()) < 0.5 * sum(p.numel() for p in model.parameters())
+    again = Classifier()
+    eke_model = tune(again, PEFT(method, settings=settings), ckpt=tmp_path / "x.ckpt", epochs=2)
+    for (name, one), (_, other) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+    assert eke_model.global_step == 8
+
+
+CONFIGS = [peft.LoHaConfig(r=4, target_modules=["query"]), peft.VeraConfig(r=4)]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["LoHa", "VeRA"])
+def test_any_configuration_of_peft_can_be_passed(config, tmp_path):
+    model = Classifier()
+    trainer = tune(model, PEFT(config), epochs=1)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert any("hada" in name or "vera_lambda" in name for name in names)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    again = Classifier()
+    tune(again, PEFT(config), ckpt=tmp_path / "x.ckpt", epochs=1)
+    for (name, one), (_, other) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+class Speaker(LightningModule):
+    """A causal model."""
+
+    def __init__(self):
+        super().__init__()
+        transformers = pytest.importorskip("transformers")
+        config = transformers.GPT2Config(
+            vocab_size=64, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.model = transformers.GPT2LMHeadModel(config)
+
+    def training_step(self, batch, batch_idx):
+        return self.model(input_ids=batch[0], labels=batch[0]).loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_a_causal_model_gets_a_prefix_or_a_prompt(method, tmp_path):
+    model, arguments = Speaker(), {"settings": {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}}
+    tune(model, PEFT(method, **arguments), epochs=1).save_checkpoint(tmp_path / "x.ckpt")
+    assert len(torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]) == 1
+    again = Speaker()
+    tune(again, PEFT(method, **arguments), ckpt=tmp_path / "x.ckpt", epochs=1)
+    for (name, one), (_, other) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_holds_what_trains_and_names_its_base(tmp_path):
+    done = fit(TinyBlocks(), PEFT(settings={"r": 4}, train=["head.*"]))
+    done.trainer.save_checkpoint(tmp_path / "x.ckpt")
+    saved = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert set(saved["state_dict"]) == trained_names(done.model)
+    assert len(saved["eke"]["techniques"]["peft"]["manifest"]["hash"]) == 32
+    loaded = eke.load_from_checkpoint(TinyBlocks, tmp_path / "x.ckpt")  # told by the file alone what it was
+    torch.testing.assert_close(logits(loaded), logits(done.model), rtol=0, atol=0)
+
+
+def test_another_base_is_refused_and_so_are_other_settings(tmp_path):
+    fit(TinyBlocks(), PEFT(settings={"r": 4}), epochs=1).trainer.save_checkpoint(tmp_path / "x.ckpt")
+    with pytest.raises(PEFTError, match="belongs to another base.*Load the same pretrained weights first"):
+        fit(TinyBlocks(seed=1), PEFT(settings={"r": 4}), ckpt=tmp_path / "x.ckpt")
+    with pytest.raises(PEFTError, match=r"written with settings=\{'r': 4\}, and this run has \{'r': 8\}"):
+        fit(TinyBlocks(), PEFT(settings={"r": 8}), ckpt=tmp_path / "x.ckpt")
+    with pytest.raises(PEFTError, match="which trains in this run"):
+        fit(TinyBlocks(), PEFT(settings={"r": 4}, train=["blocks.0.norm1.*"]), ckpt=_with_hash(tmp_path))
+
+
+def _with_hash(folder):
+    """The same checkpoint, with the hash of a run that trains a norm too."""
+    model, technique = put("lora", settings={"r": 4}, train=["blocks.0.norm1.*"])
+    saved = torch.load(folder / "x.ckpt", weights_only=True)
+    saved["eke"]["techniques"]["peft"]["manifest"]["hash"] = technique._base
+    torch.save(saved, folder / "y.ckpt")
+    return folder / "y.ckpt"
+
+
+def test_full_checkpoints_hold_all(tmp_path):
+    done = fit(TinyBlocks(), PEFT(settings={"r": 4}, checkpoint="full"), epochs=1)
+    done.trainer.save_checkpoint(tmp_path / "x.ckpt")
+    assert set(torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]) == set(done.model.state_dict())
+
+
+# Files of peft's, merging, several adapters
+
+
+def test_peft_reads_what_is_exported_and_the_other_way_round(tmp_path):
+    model = Classifier()
+    tune(model, PEFT(settings={"r": 4}, train=[]))
+    export(model, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(bert(), str(tmp_path / "adapter")).eval()
+    tokens = texts().dataset.tensors[0]
+    model.eval()
+    with torch.no_grad():
+        ours = model.model(input_ids=tokens).logits
+        torch.testing.assert_close(theirs(input_ids=tokens).logits, ours, rtol=0, atol=0)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    again = Classifier()
+    load_adapter(again, tmp_path / "theirs")
+    again.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again.model(input_ids=tokens).logits, ours, rtol=0, atol=0)
+    with pytest.raises(PEFTError, match="no adapter 'other'"):
+        export(model, tmp_path / "x", name="other")
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "intrinsic"])
+def test_merging_gives_the_plain_model_with_the_same_outputs(method):
+    settings = {"intrinsic": {"dimension": 20}}.get(method, {"r": 4})
+    model = fit(TinyBlocks(), PEFT(method, settings=settings, train=["head.*"])).model
+    before = logits(model)
+    merge(model)
+    assert set(model.state_dict()) == set(TinyBlocks().state_dict())
+    torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=0)
+    assert not torch.equal(before, logits(TinyBlocks()))
+
+
+def test_a_run_can_merge_at_its_end_and_then_saves_the_plain_model(tmp_path):
+    done = fit(TinyBlocks(), PEFT(settings={"r": 4}, merge=True), epochs=1)
+    assert set(done.model.state_dict()) == set(TinyBlocks().state_dict())
+    done.trainer.save_checkpoint(tmp_path / "x.ckpt", weights_only=True)
+    TinyBlocks().load_state_dict(torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"])
+
+
+def test_what_cannot_be_merged_says_so():
+    for method, model in (("adapters", TinyBlocks()), ("vpt", TinyViT())):
+        put(method, model, train=["head.*"])
+        with pytest.raises(PEFTError, match="cannot be merged"):
+            merge(model)
+
+
+def test_a_second_adapter_trains_beside_the_first_and_they_can_be_switched():
+    model = fit(TinyBlocks(), PEFT(settings={"r": 4}, adapter="one")).model
+    alone = logits(model)
+    del model.eke_peft  # the first is through
+    first = {name: p.detach().clone() for name, p in model.named_parameters() if ".one." in name}
+    fit(model, PEFT(settings={"r": 2}, adapter="two"))
+    assert all(torch.equal(p, first[name]) for name, p in model.named_parameters() if ".one." in name)
+    both = logits(model)
+    set_adapter(model, "one")
+    torch.testing.assert_close(logits(model), alone)
+    set_adapter(model)
+    torch.testing.assert_close(logits(model), logits(TinyBlocks()))
+    set_adapter(model, "one", "two")
+    torch.testing.assert_close(logits(model), both)
+    with pytest.raises(PEFTError, match="no adapter 'three'; there are one, two"):
+        set_adapter(model, "three")
+
+
+# Quantized
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantized_base_trains_saves_the_adapter_and_resumes(kind, tmp_path):
+    pytest.importorskip("bitsandbytes")
+
+    class Wide(TinyModel):
+        def make(self, dropout, layers):
+            self.embed = nn.Embedding(64, 64)
+            self.blocks = nn.ModuleList(
+                nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64)) for _ in range(2)
+            )
+            self.head = nn.Linear(64, 32)
+
+        def forward(self, x):
+            x = self.embed(x)
+            for block in self.blocks:
+                x = x + block(x)
+            return self.head(x)
+
+    make = lambda: PEFT(settings={"r": 4}, train=["head.*"], quantize=kind)  # noqa: E731
+    unbroken = fit(Wide(), make(), epochs=2)
+    names = {type(part).__name__ for part in unbroken.model.modules()}
+    assert {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[kind] in names
+    fit(Wide(), make(), epochs=1).trainer.save_checkpoint(tmp_path / "x.ckpt")
+    saved = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
+    assert all(".lora_" in name or name.startswith("head.") for name in saved)
+    resumed = fit(Wide(), make(), epochs=2, ckpt=tmp_path / "x.ckpt")
+    ends = unbroken.model.named_parameters(), resumed.model.named_parameters()
+    for (name, one), (_, other) in zip(*ends, strict=True):
+        assert torch.equal(one, other), name
+    near, plain = logits(put("lora", Wide(), quantize=kind)[0]), logits(Wide())
+    assert 0 < (near - plain).norm() / plain.norm() < (0.1 if kind == "nf4" else 0.02)
+    with pytest.raises(PEFTError, match="is quantized, and merging would round it again"):
+        merge(unbroken.model)
+
+
+# With strategies and other techniques
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_it_trains_and_saves_under_zero_as_under_ddp(stage, tmp_path):
+    zero = pytest.importorskip("eke_zero")
+
+    def run(strategy, ckpt=None, save=None, epochs=2):
+        def work(rank):
+            technique = PEFT(settings={"r": 4}, train=["head.*"])
+            trainer = kit.make_trainer(technique, *strategy(), epochs=epochs, world=2)
+            kit.seed_everything(0)
+            model = TinyBlocks()
+            with kit.quiet():
+                trainer.fit(model, shuffled(TinyBlocks.dataset(32), 4, 0, rank, 2), ckpt_path=ckpt)
+                if save:
+                    trainer.save_checkpoint(save)
+            whole = lambda t: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone()  # noqa: E731
+            return {name: whole(p) for name, p in model.named_parameters()}
+
+        return run_ranks(work, 2)[0]
+
+    ddp = run(list)
+    sharded = run(lambda: [zero.ZeRO(stage=stage)])
+    assert max(float((ddp[name] - sharded[name]).abs().max()) for name in ddp) == 0
+    run(lambda: [zero.ZeRO(stage=stage)], save=tmp_path / "x.ckpt", epochs=1)
+    saved = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
+    assert all(".lora_" in name or name.startswith("head.") for name in saved)
+    resumed = run(lambda: [zero.ZeRO(stage=stage)], ckpt=tmp_path / "x.ckpt")
+    assert max(float((ddp[name] - resumed[name]).abs().max()) for name in ddp) == 0
+
+
+def test_the_optimizer_holds_only_what_trains():
+    done = fit(TinyBlocks(), PEFT(settings={"r": 4}), epochs=1)
+    held = [p for group in done.trainer.optimizers[0].param_groups for p in group["params"]]
+    assert held
+    assert all(p.requires_grad for p in held)
+
+
+def test_eight_bit_states_go_with_it():
+    adam8bit = pytest.importorskip("eke_adam8bit")
+    done = kit.fit(TinyBlocks(), PEFT(settings={"r": 4}), adam8bit.Adam8bit(), epochs=1)
+    assert done.trainer.global_step == 4
+
+
+def test_recomputing_finds_gradients_though_the_inputs_need_none():
+    model = Classifier()
+    model.model.gradient_checkpointing_enable({"use_reentrant": True})
+    tune(model, PEFT(settings={"r": 4}))
+    assert any(p.abs().sum() > 0 for name, p in model.named_parameters() if ".lora_B." in name)
+
+
+def test_a_compiled_block_trains_the_same():
+    def losses(compiled):
+        model, technique = TinyBlocks(), PEFT(settings={"r": 4})
+        if compiled:
+            for block in find_blocks(model):
+                block.compile(backend="aot_eager")
+        return [step["loss"] for step in fit(model, technique, epochs=1).state["steps"].values()]
+
+    assert losses(True) == pytest.approx(losses(False), abs=1e-6)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"method": "magic"}, "method='magic': one of lora"),
+        ({"settings": {"rank": 3}}, "settings of 'lora'.*rank"),
+        ({"method": "vpt", "settings": {"rank": 3}}, "settings of 'vpt' are tokens, deep, prefix, dropout, not 'rank'"),
+        ({"quantize": "int2"}, "quantize='int2'"),
+        ({"quantize": "nf4", "checkpoint": "full"}, "made anew from the base"),
+        ({"quantize": "nf4", "merge": True}, "would round merged weights again"),
+        ({"method": "adapters", "merge": True}, "which is no sum of weights"),
+        ({"method": "bitfit", "lr_ratio": 4.0}, "LoRA\\+ needs a positive ratio and a LoRA"),
+        ({"settings": {"init_lora_weights": "pissa_niter_4"}}, "leaves another rest of the base each time"),
+        ({"checkpoint": "some"}, "checkpoint='some'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(arguments, words):
+    with pytest.raises(PEFTError, match=words):
+        PEFT(**arguments)
+
+
+def test_models_that_it_has_no_place_in_are_refused_in_words():
+    with pytest.raises(PEFTError, match="Or name the layers: targets="):
+        put("lora", LightningModule())
+    with pytest.raises(PEFTError, match="is none"):
+        put("prompt", TinyBlocks())
+    with pytest.raises(PEFTError, match="has no part 'nowhere'"):
+        put("lora", host="nowhere")
+    with pytest.raises(PEFTError, match="whose weights are several"):
+        put("intrinsic", TinyTransformer(), targets=["encoder.layers.0.self_attn"])
+    model, _ = put("lora")
+    del model.eke_peft
+    with pytest.raises(PEFTError, match="has an adapter 'default' already"):
+        put("lora", model)
+
+
+def test_it_says_what_trains():
+    model, technique = put("lora", settings={"r": 4}, train=["head.*"])
+    words = technique.summary(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert f"{trained:,} of" in words
+    assert "head.bias" in words
+
+
+def test_a_copy_of_the_model_keeps_its_adapter():
+    model, _ = put("lora", settings={"r": 4})
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(logits(twin), logits(model))

@@ -1,0 +1,29 @@
+from typing import ClassVar
+
+from eke.testing import TechniqueContract, checks
+from eke.testing.models import SHAPES, TinyBlocks
+from eke_peft import PEFT
+
+FROZEN = ("*base_layer*", "*in_proj*", "*blocks.*.bias", "*norm1*", "*norm2*", "*blocks*norm*", "*layers*", "*.h.*")
+
+
+class Pretrained(TinyBlocks):
+    """The same weights in each process, as if they came from a file. Only what trains begins elsewhere."""
+
+    def __init__(self, dropout=0.0, seed=0, layers=4):
+        super().__init__(dropout=dropout, seed=0, layers=layers)
+
+
+class TestPEFT(TechniqueContract):
+    model = Pretrained
+    shapes = SHAPES
+    frozen = FROZEN
+    arguments: ClassVar = {"method": "lora", "settings": {"r": 4}, "train": ["embed*", "norm*", "head*", "pos*"]}
+
+    def build(self):
+        return PEFT(
+            settings={"r": 4}, train=["embed*", "pos*", "norm.*", "head*", "*wte*", "*wpe*", "*ln_f*", "cls*", "patch*"]
+        )
+
+    def test_a_command_line_builds_it(self):  # which cannot import a model from this file
+        checks.a_command_line_builds_it(self.subject(model=TinyBlocks))
