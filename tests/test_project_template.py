@@ -46,6 +46,7 @@ def test_it_bakes_the_files_that_run_in_place_unchanged(project):
     assert baked == {
         *(".gitignore", "Makefile", "README.md", "requirements.txt"),
         *("train.py", "model.py", "data.py", "report.py", "tests/test_train.py"),
+        *("finetune.py", "instructions.py", "tests/test_finetune.py"),
     }
     for name in baked - {"README.md"}:
         assert (project / name).read_text() == (TEMPLATE / name).read_text(), name

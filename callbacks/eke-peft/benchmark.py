@@ -238,9 +238,9 @@ def main() -> None:
     full, lora = rows[FULL], rows[LORA]
     share = 100 * lora["checkpoint"] / full["checkpoint"]
     headline = (
-        f"MiniLM tells 24 languages apart with {lora['accuracy'][0]:.3f} by LoRA, {full['accuracy'][0]:.3f} tuned whole "
-        f"({seeds} seeds); a step takes {lora['ratio'][0]:.2f} of the time and {lora['peak'] / full['peak']:.2f} of the "
-        f"peak memory, a checkpoint {share:.1f} % of the bytes"
+        f"MiniLM tells 24 languages apart after {steps} steps with {lora['accuracy'][0]:.3f} by LoRA, "
+        f"{full['accuracy'][0]:.3f} tuned whole ({seeds} seeds); a step takes {lora['ratio'][0]:.2f} of the time and "
+        f"{lora['peak'] / full['peak']:.2f} of the peak memory, a checkpoint {share:.1f} % of the bytes"
     )
     result = {
         "name": "peft", "title": "fine-tuning MiniLM", "size": options.size, "steps": steps, "torch": torch.__version__,
