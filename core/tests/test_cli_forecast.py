@@ -46,6 +46,7 @@ def test_a_card_that_is_too_small_gets_the_first_change_and_a_picture(target, ca
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_card_that_nothing_fits_is_code_1(target, capsys):
     assert main(["forecast", target, "--card", "1 KB"]) == 1
     assert "Nothing that was tried makes it fit; the least is" in capsys.readouterr().out

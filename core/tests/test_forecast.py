@@ -326,6 +326,7 @@ def test_the_first_change_that_fits_is_found_and_those_before_it_do_not():
     assert fitting.setup.forecast() == fitting.forecast
 
 
+@pytest.mark.slow
 def test_where_no_single_change_is_enough_several_are_added_up():
     pytest.importorskip("eke_zero")
     setup = Setup(builder(TinyBlocks, 4), ranks=8)

@@ -483,7 +483,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_eight_bit_states_are_sharded_saved_and_resumed(stage, tmp_path):
     zero = {"stage": stage, "checkpoint": "sharded"}
 
