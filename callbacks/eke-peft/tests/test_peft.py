@@ -111,7 +111,8 @@ def test_the_layers_of_the_blocks_are_found_and_no_others(shape):
 def test_attention_of_torch_is_left_alone_and_refused_by_name():
     assert not any("self_attn" in name for name in linear_layers(TinyTransformer()))
     with pytest.raises(PEFTError, match="the base drifts by rounding"):
-        put("lora", TinyTransformer(), targets=["encoder.layers.0.self_attn"])
+        put("lora", model := TinyTransformer(), targets=["encoder.layers.0.self_attn"])
+    assert set(model.state_dict()) == set(TinyTransformer().state_dict())
 
 
 @pytest.mark.parametrize("method", ["lora", "adapters"])

@@ -194,7 +194,7 @@ def leave_ddp_out(strategy: Any) -> list[torch.Tensor]:
         A list that will hold the buckets. Empty for other strategies, and where gradients are views of buckets.
     """
     buckets: list[torch.Tensor] = []
-    if type(strategy).__name__ != "DeepSpeedZeRO" and isinstance(strategy, DDPStrategy):
+    if isinstance(strategy, DDPStrategy):
         views = strategy._ddp_kwargs.get("gradient_as_bucket_view", False)
 
         def wrap(model: nn.Module) -> nn.Module:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -138,6 +139,8 @@ def _dry_run(
                 "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0,
                 "enable_model_summary": False, "num_sanity_val_steps": 0, "use_distributed_sampler": False, **settings,
             })  # fmt: skip
+            if isinstance(trainer.strategy, DeepSpeedStrategy):
+                raise ForecastError("a dry run cannot follow DeepSpeed into C++: forecast engine='torch'.")
             trainer.strategy.broadcast = lambda value, src=0: value  # there is nobody to read it from
             trainer.strategy.setup_environment = _really(trainer.strategy.setup_environment)
             compat.expect_no_signals(trainer)

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from eke.forecast import ForecastError, forecast
 from eke.testing import build_example, run_ranks
 from eke.testing import run as kit
 from eke.testing.models import TinyBlocks
@@ -101,3 +102,10 @@ def test_the_trial_leaves_nothing(engine, tmp_path):
 def test_techniques_that_it_would_pass_by_are_refused(engine, name):
     with pytest.raises(RuntimeError, match="DeepSpeed keeps to itself|which DeepSpeedZeRO cannot follow"):
         train({**engine, "stage": 2}, techniques=lambda: [build_example(name)])
+
+
+def test_it_is_not_forecast(engine):
+    data = TinyBlocks.dataset(4)
+    batch = tuple(torch.stack([data[i][part] for i in range(4)]) for part in range(2))
+    with pytest.raises(ForecastError, match="cannot follow DeepSpeed"):
+        forecast(lambda: (TinyBlocks(), batch), lambda: {"strategy": ZeRO(**engine)}, ranks=2)

@@ -25,7 +25,6 @@ from eke.seams.state import KEY
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from peft import PeftConfig, get_peft_model, inject_adapter_in_model
-from peft.tuners.lora.layer import MultiheadAttention as PeftAttention
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -209,6 +208,13 @@ class PEFT(TechniqueCallback):
             config.target_modules, config.feedforward_modules = scaled(host, self.blocks)
         elif hasattr(config, "target_modules") and config.target_modules is None:
             config.target_modules = linear_layers(host, self.blocks)
+        wanted = config.target_modules if isinstance(config.target_modules, (list, set)) else ()
+        for name, part in host.named_modules():
+            if isinstance(part, nn.MultiheadAttention) and any(f".{name}".endswith(f".{one}") for one in wanted):
+                raise PEFTError(  # before anything is put in
+                    "peft adds its matrices to nn.MultiheadAttention's weights in each forward pass and takes them "
+                    f"off again, so that the base drifts by rounding. Leave {name!r} out of targets=."
+                )
         acted = {part: list(part.active_adapters) for part in host.modules() if isinstance(part, BaseTunerLayer)}
         try:
             with _unmeshed(pl_module):
@@ -221,11 +227,6 @@ class PEFT(TechniqueCallback):
             self._wrap(pl_module, path, host, config)
             return
         for part in host.modules():
-            if isinstance(part, PeftAttention):
-                raise PEFTError(
-                    "peft adds its matrices to nn.MultiheadAttention's weights in each forward pass and takes them "
-                    "off again, so that the base drifts by rounding. Leave it out of targets=."
-                )
             if isinstance(part, BaseTunerLayer) and acted.get(part):
                 part.set_adapter([*acted[part], self.adapter])  # peft switches to the new one alone
 

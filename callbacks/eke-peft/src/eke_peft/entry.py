@@ -1,6 +1,6 @@
 """Tells the eke registry what this distribution provides."""
 
-from eke import Relief, Technique, hookimpl
+from eke import Technique, hookimpl
 
 _STAYS = "What it puts into the model is what was trained: it stays there when a run ends, or fails."
 
@@ -20,7 +20,6 @@ RECORD = Technique(
         ),
         "test_it_costs_nothing_when_it_has_nothing_to_do": "There is no step in which an adapter has nothing to do.",
     },
-    reliefs=(Relief("rounding", {"quantize": "nf4"}),),
 )
 
 EXAMPLE = {

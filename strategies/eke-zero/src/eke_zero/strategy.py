@@ -52,8 +52,8 @@ class ZeRO(TechniqueStrategy, Strategy):
     """Divide what DDP keeps a copy of on each process. Give it to ``strategy=``, or one of its names: ``"zero1"``,
     ``"zero2"``, ``"zero3"``, ``"zero2_offload"``, ``"zero3_offload"``, once ``eke_zero`` is imported.
 
-    Losses and weights are those of DDP: to the bit in stage 1; in stages 2 and 3 to the bit too, except for the sum
-    over processes that clipping by norm takes.
+    Losses and weights are those of DDP: to the bit in stage 1; in stages 2 and 3 up to the order in which processes
+    are summed, in gradients of more than two of them and in clipping by norm.
 
     Example::
 
