@@ -233,6 +233,67 @@ def test_lora_plus_steps_the_second_matrix_farther():
     torch.testing.assert_close(second(None), second(1.0))
 
 
+# AdaLoRA
+
+
+RANKS = {"init_r": 6, "target_r": 2, "tinit": 2, "tfinal": 2, "init_lora_weights": False}
+
+
+def test_adalora_ends_where_peft_in_a_bare_loop_does():
+    lit, bare = Classifier(), Classifier()
+    technique = PEFT("adalora", settings={**RANKS, "total_step": 8})
+    technique.alter_model(lit)
+    targets = linear_layers(bert())
+    config = peft.AdaLoraConfig(**RANKS, total_step=8, lora_alpha=32, target_modules=targets)
+    model = peft.get_peft_model(bare.model, config)
+    ours = {name: p for name, p in lit.model.named_parameters()}
+    for name, parameter in model.base_model.model.named_parameters():
+        parameter.data.copy_(ours[name])
+    for parameter in model.base_model.model.classifier.parameters():
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for epoch in range(2):
+        for number, (tokens, labels) in enumerate(texts()):
+            model.base_model(input_ids=tokens, labels=labels).loss.backward()  # PeftModel passes the regularizer by
+            optimizer.step()
+            model.base_model.update_and_allocate(4 * epoch + number + 1)
+            optimizer.zero_grad()
+    tune(lit, technique)
+    for name, parameter in model.base_model.model.named_parameters():
+        torch.testing.assert_close(ours[name], parameter, rtol=1e-4, atol=1e-6)
+    kept = sum(int((p != 0).sum()) for name, p in lit.named_parameters() if ".lora_E." in name)
+    assert kept == 2 * len(targets)
+
+
+def test_adalora_takes_its_steps_from_the_run_and_resumes(tmp_path):
+    settings = {"init_r": 6, "target_r": 2}
+    whole, stopped = Classifier(), Classifier()
+    tune(whole, PEFT("adalora", settings=settings), max_steps=12, epochs=-1)
+    trainer = kit.make_trainer(PEFT("adalora", settings={**settings, "total_step": 12, "tinit": 1, "tfinal": 3}),
+                               epochs=-1, max_steps=6)  # fmt: skip
+    kit.seed_everything(0)
+    with kit.quiet():
+        trainer.fit(stopped, texts())
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    again = Classifier()
+    tune(again, PEFT("adalora", settings={**settings, "total_step": 12, "tinit": 1, "tfinal": 3}),
+         ckpt=tmp_path / "x.ckpt", max_steps=12, epochs=-1)  # fmt: skip
+    for (name, one), (_, other) in zip(whole.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+    folder = export(whole, tmp_path / "adapter")
+    read = peft.PeftModel.from_pretrained(bert(), folder)
+    batch = next(iter(texts()))
+    whole.eval(), read.eval()
+    torch.testing.assert_close(read(input_ids=batch[0]).logits, whole.model(input_ids=batch[0]).logits)
+
+
+def test_adalora_says_what_it_lacks():
+    with pytest.raises(PEFTError, match="give the Trainer max_steps, or total_step="):
+        tune(Classifier(), PEFT("adalora"), epochs=-1, max_time="00:00:01:00")
+    with pytest.raises(PEFTError, match="tinit=5 and tfinal=3 has no step left of 8"):
+        tune(Classifier(), PEFT("adalora", settings={"tinit": 5, "tfinal": 3}))
+
+
 # Hugging Face
 
 
@@ -279,6 +340,51 @@ def test_the_new_head_of_a_hugging_face_model_trains_by_itself():
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {"model.classifier.weight", "model.classifier.bias"} <= names
     assert all(".lora_" in name for name in names if "classifier" not in name)
+
+
+def test_a_head_that_peft_copies_trains_once():
+    model, _ = put("prompt", Classifier(), settings={"task_type": "SEQ_CLS", "num_virtual_tokens": 4})
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert not any("original_module" in name for name in names)
+    assert sum("classifier" in name for name in names) == 2
+    words = model.model.get_input_embeddings().weight
+    prompts = next(p for name, p in model.named_parameters() if "prompt_encoder" in name)
+    assert all((words == prompt).all(1).any() for prompt in prompts)  # the paper's better start
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_loftq_begins_at_the_best_approximation_of_what_rounding_took(kind, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from peft.utils.integrations import dequantize_module_weight
+
+    plain, model = Classifier(), Classifier()
+    make = lambda: PEFT("loftq", settings={"r": 4}, quantize=kind)  # noqa: E731
+    make().alter_model(model)
+    names = linear_layers(plain.model)
+    for name in names:
+        layer, weight = model.model.get_submodule(name), plain.model.get_submodule(name).weight
+        rest = weight - dequantize_module_weight(layer.get_base_layer())
+        sizes = torch.linalg.svdvals(rest)
+        left = rest - layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        torch.testing.assert_close(left.norm(), sizes[4:].norm())  # Eckart and Young: nothing of rank 4 is nearer
+    whole, again = Classifier(), Classifier()
+    tune(whole, make())
+    tune(Classifier(), make(), epochs=1).save_checkpoint(tmp_path / "x.ckpt")
+    tune(again, make(), ckpt=tmp_path / "x.ckpt")
+    for (name, one), (_, other) in zip(whole.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+    with pytest.raises(PEFTError, match="'loftq' makes up for rounding, and nothing is rounded"):
+        PEFT("loftq")
+
+
+def test_what_is_put_beside_a_half_precision_base_is_float32():
+    model, _ = put("lora", Classifier(bert().to(torch.bfloat16)))
+    dtypes = {"lora" if ".lora_" in name else "base": p.dtype for name, p in model.named_parameters()}
+    assert dtypes == {"lora": torch.float32, "base": torch.bfloat16}
+    tune(model, PEFT())
+    model = Classifier()
+    tune(model, PEFT(), precision="bf16-true")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("method", ["lora", "ia3", "bitfit", "adapters", "intrinsic", "prompt", "p-tuning"])
@@ -391,9 +497,10 @@ def test_full_checkpoints_hold_all(tmp_path):
 # Files of peft's, merging, several adapters
 
 
-def test_peft_reads_what_is_exported_and_the_other_way_round(tmp_path):
+@pytest.mark.parametrize("arguments", [{"train": []}, {}, {"train": ["model.classifier.*", "*pooler*"]}])
+def test_peft_reads_what_is_exported_and_the_other_way_round(arguments, tmp_path):
     model = Classifier()
-    tune(model, PEFT(settings={"r": 4}, train=[]))
+    tune(model, PEFT(settings={"r": 4}, **arguments))
     export(model, tmp_path / "adapter")
     theirs = peft.PeftModel.from_pretrained(bert(), str(tmp_path / "adapter")).eval()
     tokens = texts().dataset.tensors[0]
@@ -409,6 +516,17 @@ def test_peft_reads_what_is_exported_and_the_other_way_round(tmp_path):
         torch.testing.assert_close(again.model(input_ids=tokens).logits, ours, rtol=0, atol=0)
     with pytest.raises(PEFTError, match="no adapter 'other'"):
         export(model, tmp_path / "x", name="other")
+
+
+def test_what_peft_has_no_place_for_is_said_at_export(tmp_path):
+    model = Classifier()
+    model.head = nn.Linear(2, 2)
+    put("lora", model)
+    with pytest.warns(UserWarning, match="'head.weight' trained, and lies outside"):
+        export(model, tmp_path / "adapter")
+    model, _ = put("lora", Classifier(), train=["*query.bias"])
+    with pytest.raises(PEFTError, match="query.base_layer.bias' trained beside an adapter of its layer"):
+        export(model, tmp_path / "other")
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "pissa", "intrinsic"])
@@ -439,7 +557,6 @@ def test_what_cannot_be_merged_says_so():
 def test_a_second_adapter_trains_beside_the_first_and_they_can_be_switched():
     model = fit(TinyBlocks(), PEFT(settings={"r": 4}, adapter="one")).model
     alone = logits(model)
-    del model.eke_peft  # the first is through
     first = {name: p.detach().clone() for name, p in model.named_parameters() if ".one." in name}
     fit(model, PEFT(settings={"r": 2}, adapter="two"))
     assert all(torch.equal(p, first[name]) for name, p in model.named_parameters() if ".one." in name)
@@ -452,6 +569,15 @@ def test_a_second_adapter_trains_beside_the_first_and_they_can_be_switched():
     torch.testing.assert_close(logits(model), both)
     with pytest.raises(PEFTError, match="no adapter 'three'; there are one, two"):
         set_adapter(model, "three")
+
+
+def test_another_method_on_a_tuned_model_is_refused_unless_it_has_another_name():
+    model = fit(TinyBlocks(), PEFT(settings={"r": 4})).model
+    fit(model, PEFT(settings={"r": 4}))  # goes on
+    with pytest.raises(PEFTError, match="is tuned by lora already, with other settings. Merge that"):
+        fit(model, PEFT("bitfit"))
+    fit(model, PEFT("bitfit", adapter="second"))
+    merge(model)
 
 
 # Quantized
@@ -495,8 +621,8 @@ def test_a_quantized_base_trains_saves_the_adapter_and_resumes(kind, tmp_path):
 # With strategies and other techniques
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_it_trains_and_saves_under_zero_as_under_ddp(stage, tmp_path):
+@pytest.mark.parametrize(("stage", "half"), [(1, False), (2, True), (3, False), (3, True)])
+def test_it_trains_and_saves_under_zero_as_under_ddp(stage, half, tmp_path):
     zero = pytest.importorskip("eke_zero")
 
     def run(strategy, ckpt=None, save=None, epochs=2):
@@ -505,6 +631,8 @@ def test_it_trains_and_saves_under_zero_as_under_ddp(stage, tmp_path):
             trainer = kit.make_trainer(technique, *strategy(), epochs=epochs, world=2)
             kit.seed_everything(0)
             model = TinyBlocks()
+            if half:
+                model.to(torch.bfloat16)
             with kit.quiet():
                 trainer.fit(model, shuffled(TinyBlocks.dataset(32), 4, 0, rank, 2), ckpt_path=ckpt)
                 if save:

@@ -24,8 +24,9 @@ from eke.seams.blocks import find_blocks
 from eke.seams.state import KEY
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from peft import PeftConfig, get_peft_model, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import AdaLoraConfig, PeftConfig, get_peft_model, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -48,7 +49,8 @@ from eke_peft.methods import (
     scaled,
     tuned,
 )  # fmt: skip
-from eke_peft.quantized import quantize_layers
+from eke_peft.quantized import quantize_layers, start_at_rest
+from eke_peft.ranks import Ranks
 from eke_peft.saved import host_of, merge
 
 HEADS = ("classifier", "score", "qa_outputs", "classification_head")  # what from_pretrained makes anew
@@ -62,9 +64,10 @@ class PEFT(TechniqueCallback):
         trainer = Trainer(callbacks=[PEFT("lora", settings={"r": 8}, train=["head.*"])])
 
     Args:
-        method: ``"lora"``, ``"rslora"``, ``"dora"``, ``"pissa"``, ``"loftq"``, ``"ia3"``, ``"bitfit"``, ``"adapters"``
-            (Houlsby's bottlenecks), ``"vpt"`` (visual prompts), ``"intrinsic"``, ``"head"`` (nothing but ``train``);
-            for Hugging Face models also ``"prompt"``, ``"prefix"``, ``"p-tuning"``; or any configuration of peft's.
+        method: ``"lora"``, ``"rslora"``, ``"dora"``, ``"pissa"``, ``"loftq"``, ``"adalora"``, ``"ia3"``, ``"bitfit"``,
+            ``"adapters"`` (Houlsby's bottlenecks), ``"vpt"`` (visual prompts), ``"intrinsic"``, ``"head"`` (nothing but
+            ``train``); for Hugging Face models also ``"prompt"``, ``"prefix"``, ``"p-tuning"``; or any configuration
+            of peft's.
         settings: Of the method: those of peft's configuration; ``width`` and ``after_attention`` of adapters;
             ``tokens``, ``deep``, ``prefix`` and ``dropout`` of vpt; ``dimension`` of intrinsic.
         targets: Dotted names of the layers, inside ``host``; for bitfit, patterns of biases. By default all linear
@@ -103,6 +106,8 @@ class PEFT(TechniqueCallback):
             raise PEFTError(f"method={method!r}: one of {', '.join(METHODS)}, or a configuration of peft's, is needed.")
         if quantize not in (None, "nf4", "int8"):
             raise PEFTError(f"quantize={quantize!r}: 'nf4' or 'int8' is needed.")
+        if method == "loftq" and quantize is None:
+            raise PEFTError("'loftq' makes up for rounding, and nothing is rounded. Give quantize='nf4' or 'int8'.")
         if checkpoint not in ("adapter", "full"):
             raise PEFTError(f"checkpoint={checkpoint!r}: 'adapter' or 'full' is needed.")
         if quantize and checkpoint == "full":
@@ -132,20 +137,38 @@ class PEFT(TechniqueCallback):
         self._base = ""  # hash of the base
         self._gated: list[nn.Module] = []
         self._module: LightningModule | None = None
+        self._ranks: Ranks | None = None
         self._said = False
 
     # ------------------------------------------------------------------ the model
 
     def alter_model(self, pl_module: LightningModule) -> None:
         self._module = pl_module
-        if not getattr(pl_module, "eke_peft", None):  # once: a second time would begin the adapter anew
+        if self._missing(pl_module):  # once: a second time would begin the adapter anew
             self._put(pl_module)
         self._base = pl_module.eke_peft["hash"]
+        config = self._config()
+        if isinstance(config, AdaLoraConfig):
+            self._ranks = Ranks(host_of(pl_module, self.host)[1], copy.deepcopy(config), self.adapter)
         if self.method == "vpt":
             blocks = find_blocks(host_of(pl_module, self.host)[1], self.blocks)
             self._gated = put_prompts(
                 pl_module, getattr(pl_module, PROMPTS), blocks, self._own()["prefix"], RECORD.name
             )
+
+    def _missing(self, pl_module: LightningModule) -> bool:
+        """Whether the model has yet to be given this adapter.
+
+        Raises:
+            PEFTError: it has another one of this name.
+        """
+        there = (getattr(pl_module, "eke_peft", None) or {}).get("description")
+        if there and there["adapter"] == self.adapter and there != self._description():
+            raise PEFTError(
+                f"{type(pl_module).__name__} is tuned by {there['method']} already, with other settings. Merge that "
+                "(eke_peft.merge), or give another adapter= beside it."
+            )
+        return there is None or there["adapter"] != self.adapter
 
     def _put(self, pl_module: LightningModule) -> None:
         path, host = host_of(pl_module, self.host)
@@ -154,14 +177,21 @@ class PEFT(TechniqueCallback):
         hashed = fingerprint(frozen)
         with torch.random.fork_rng(devices=[]):  # first values of the technique's own, and the user's stream stays
             torch.manual_seed(int(torch.randint(2**40, (), generator=self.generator)))
-            if self.quantize:
-                quantize_layers(host, self._targets(host), self.quantize)
+            weights = quantize_layers(host, self._targets(host), self.quantize) if self.quantize else {}
             self._put_method(pl_module, path, host)
+            if self.method == "loftq":
+                start_at_rest(host, weights, self.adapter)
         for part in host.modules():
             if isinstance(part, nn.TransformerEncoderLayer):
                 close_fast_path(part)
+        copied = {
+            id(p)
+            for part in host_of(pl_module, self.host)[1].modules()
+            if isinstance(part, ModulesToSaveWrapper)
+            for p in part.original_module.parameters()
+        }  # peft trains a copy
         for name, parameter in before.items():
-            parameter.requires_grad_(name not in frozen)
+            parameter.requires_grad_(name not in frozen and id(parameter) not in copied)
         pl_module.eke_peft = {"hash": hashed, "description": self._description()}
         if getattr(host, "is_gradient_checkpointing", False) and hasattr(host, "enable_input_require_grads"):
             host.enable_input_require_grads()  # or recomputing would find nothing that needs a gradient
@@ -219,6 +249,7 @@ class PEFT(TechniqueCallback):
         try:
             with _unmeshed(pl_module):
                 inject_adapter_in_model(config, host, adapter_name=self.adapter)
+            cast_adapter_dtype(host, self.adapter)  # what trains is kept in float32 beside a half-precision base
         except ValueError as error:
             if "get_peft_model" not in str(error) or not path:
                 raise PEFTError(
@@ -249,10 +280,6 @@ class PEFT(TechniqueCallback):
             return None
         kind, defaults = LIBRARY[self.method]
         given = {**defaults, **self.settings}
-        if given.get("init_lora_weights") == "loftq" and "loftq_config" not in given:
-            from peft import LoftQConfig
-
-            given["loftq_config"] = LoftQConfig(loftq_bits=4)
         if str(given.get("init_lora_weights")).startswith("pissa_niter") and self.checkpoint == "adapter":
             raise PEFTError(
                 "init_lora_weights='pissa_niter_...' leaves another rest of the base each time, which a checkpoint of "
@@ -324,6 +351,16 @@ class PEFT(TechniqueCallback):
             f"{sum(p.nbytes for p in trained):,} bytes of {sum(p.nbytes for p in parameters):,}: {some}."
         )
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._ranks is not None:
+            if getattr(trainer.strategy, "shards_in_setup", False):
+                raise PEFTError("AdaLoRA looks at whole gradients, which this strategy shards. Give ZeRO(stage=1).")
+            self._ranks.begin(trainer.estimated_stepping_batches)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self._ranks is not None:
+            self._ranks.regularize()
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.method == "vpt":  # the backbone is as in evaluation while prompts train
             host_of(pl_module, self.host)[1].eval()
@@ -341,6 +378,8 @@ class PEFT(TechniqueCallback):
             second = {id(p) for name, p in self._module.named_parameters() if ".lora_B." in name}
             optimizer.register_step_pre_hook(_Split(second, self.lr_ratio))
             optimizer.register_step_post_hook(_join)
+        if self._ranks is not None:
+            optimizer.register_step_post_hook(self._ranks.step)
         return optimizer
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -384,6 +423,13 @@ class PEFT(TechniqueCallback):
         for key in ("method", "settings", "targets", "host", "blocks", "quantize", "adapter", "train"):
             setattr(self, key, manifest[key])
 
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._ranks is None else self._ranks.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self._ranks is not None:
+            self._ranks.load_state_dict(state)
+
     def alter_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.checkpoint == "full" or self._module is None or not getattr(self._module, "eke_peft", None):
             return
@@ -418,7 +464,7 @@ class PEFT(TechniqueCallback):
         checkpoint["state_dict"] = {**base, **saved}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_module": None, "_gated": []}
+        return {**super().__getstate__(), "_module": None, "_ranks": None, "_gated": []}
 
 
 def trained_names(module: nn.Module) -> set[str]:

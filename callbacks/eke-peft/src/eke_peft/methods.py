@@ -19,13 +19,22 @@ import torch
 from eke import EkeError
 from eke.seams import gate
 from eke.seams.blocks import Blocks, BlocksError, find_attention, find_blocks
-from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+UNTIL_KNOWN = 2**62  # steps of AdaLoRA: peft wants to be told before a run can know
 ADAPTER, PROMPTS = "eke_adapter", "eke_prompts"
 
 # Method to peft's configuration and what it sets there.
@@ -34,9 +43,10 @@ LIBRARY: dict[str, tuple[type[PeftConfig], dict[str, Any]]] = {
     "rslora": (LoraConfig, {"r": 16, "lora_alpha": 8, "use_rslora": True}),
     "dora": (LoraConfig, {"r": 16, "lora_alpha": 32, "use_dora": True}),
     "pissa": (LoraConfig, {"r": 16, "lora_alpha": 16, "init_lora_weights": "pissa"}),
-    "loftq": (LoraConfig, {"r": 16, "lora_alpha": 16, "init_lora_weights": "loftq"}),
+    "loftq": (LoraConfig, {"r": 16, "lora_alpha": 16}),
+    "adalora": (AdaLoraConfig, {"init_r": 12, "target_r": 8, "lora_alpha": 32, "total_step": UNTIL_KNOWN}),
     "ia3": (IA3Config, {}),
-    "prompt": (PromptTuningConfig, {"num_virtual_tokens": 20}),
+    "prompt": (PromptTuningConfig, {"num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB"}),
     "prefix": (PrefixTuningConfig, {"num_virtual_tokens": 20}),
     "p-tuning": (PromptEncoderConfig, {"num_virtual_tokens": 20}),
 }

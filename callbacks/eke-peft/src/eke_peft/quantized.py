@@ -1,22 +1,30 @@
-"""A base whose weights are kept in 4 or 8 bits by bitsandbytes, as QLoRA does."""
+"""A base whose weights are kept in 4 or 8 bits by bitsandbytes, as QLoRA does.
+
+Sources: QLoRA, Dettmers, Pagnoni, Holtzman, Zettlemoyer 2023, https://arxiv.org/abs/2305.14314; LoftQ, Li, Yu, Liang,
+He, Karampatziakis, Chen, Zhao 2023, https://arxiv.org/abs/2310.08659, Algorithm 1.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
 
 from eke_peft.methods import PEFTError
 
 
-def quantize_layers(host: nn.Module, names: Iterable[str], kind: str) -> None:
+def quantize_layers(host: nn.Module, names: Iterable[str], kind: str) -> dict[str, Tensor]:
     """Put bitsandbytes' layers in place of linear ones, with their weights quantized.
 
     Args:
         host: The model, in float32, float16 or bfloat16.
         names: Of ``nn.Linear`` layers.
         kind: ``"nf4"``: 4-bit normal floats in blocks of 64, scales quantized as well. ``"int8"``: rows, LLM.int8.
+
+    Returns:
+        The weights as they were, by name.
 
     Raises:
         PEFTError: bitsandbytes is not installed, or a layer that is no ``nn.Linear``.
@@ -25,6 +33,7 @@ def quantize_layers(host: nn.Module, names: Iterable[str], kind: str) -> None:
         import bitsandbytes
     except ImportError:
         raise PEFTError("quantize= needs bitsandbytes: pip install 'eke-peft[quantized]'.") from None
+    weights = {}
     for name in names:
         layer = host.get_submodule(name)
         if type(layer).__name__ in ("Linear4bit", "Linear8bitLt"):
@@ -36,6 +45,7 @@ def quantize_layers(host: nn.Module, names: Iterable[str], kind: str) -> None:
         if layer.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise PEFTError(f"{name!r} is of {layer.weight.dtype}; a floating-point base is needed.")
         sizes, bias, weight = (layer.in_features, layer.out_features), layer.bias is not None, layer.weight.data
+        weights[name] = weight
         if kind == "nf4":
             compute = weight.dtype if weight.dtype != torch.float32 else torch.float32
             new = bitsandbytes.nn.Linear4bit(*sizes, bias=bias, compute_dtype=compute, quant_type="nf4")
@@ -48,3 +58,24 @@ def quantize_layers(host: nn.Module, names: Iterable[str], kind: str) -> None:
         new.to(weight.device)  # which is when it quantizes
         parent, _, child = name.rpartition(".")
         setattr(host.get_submodule(parent), child, new)
+    return weights
+
+
+@torch.no_grad()
+def start_at_rest(host: nn.Module, weights: dict[str, Tensor], adapter: str) -> None:
+    """Let LoRA's product begin at the best approximation of what rounding took: LoftQ with one iteration, in which
+    the rounded base depends on nothing but the weights, and so is the same when a checkpoint is loaded.
+
+    Args:
+        host: The model, with quantized layers and an adapter.
+        weights: Of the layers before they were quantized, by name.
+        adapter: Its name.
+    """
+    for name, weight in weights.items():
+        layer = host.get_submodule(name)
+        rounded = dequantize_module_weight(layer.get_base_layer())
+        left, sizes, right = torch.linalg.svd(weight.float() - rounded.float(), full_matrices=False)
+        first, second = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        rank, root = len(first), sizes.sqrt()
+        first.copy_(root[:rank, None] * right[:rank])
+        second.copy_(left[:, :rank] * root[:rank] / layer.scaling[adapter])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -45,7 +47,8 @@ def host_of(module: nn.Module, path: str | None = None) -> tuple[str, nn.Module]
 
 
 def export(module: nn.Module, folder: str | Path, name: str = "default", host: str | None = None) -> Path:
-    """Write an adapter as peft does, for ``PeftModel.from_pretrained(base, folder)``.
+    """Write an adapter as peft does, for ``PeftModel.from_pretrained(base, folder)``, with what of the model trained
+    beside it, such as a new head.
 
     Args:
         module: A LightningModule or model that :class:`~eke_peft.PEFT` has adapted.
@@ -54,25 +57,53 @@ def export(module: nn.Module, folder: str | Path, name: str = "default", host: s
         host: Path of the adapted part, where :func:`host_of` needs help.
 
     Raises:
-        PEFTError: there is none, or it is of a method that peft does not know.
+        PEFTError: there is none, or it is of a method that peft does not know, or what trained lies inside of a layer
+            that has an adapter.
+
+    What trained outside of the host is not in these files, and a warning says so.
     """
-    _, base = host_of(module, host)
+    path, base = host_of(module, host)
     configs = getattr(base, "peft_config", None)
     if not configs or name not in configs:
         raise PEFTError(f"{type(base).__name__} has no adapter {name!r} of peft's; it has {sorted(configs or ())}.")
     state = get_peft_model_state_dict(base, adapter_name=name)
+    config = copy.deepcopy(configs[name])
     if not isinstance(base, PeftModel):
+        beside = _beside(base)
+        for part in beside:
+            state |= {f"{part}.{key}": value for key, value in base.get_submodule(part).state_dict().items()}
+        if beside:
+            config.modules_to_save = [*(config.modules_to_save or ()), *beside]
         state = {f"base_model.model.{key}": value for key, value in state.items()}
+    inside = f"{path}." if path else ""
+    if left := [key for key, p in module.named_parameters() if p.requires_grad and not key.startswith(inside)]:
+        rank_zero_warn(f"{left[0]!r} trained, and lies outside of what peft's files hold: save it apart.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{WEIGHTS}.part"
     save_file({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}, part)
-    config = configs[name]
-    inference, config.inference_mode = config.inference_mode, True
+    config.inference_mode = True
     config.save_pretrained(folder)
-    config.inference_mode = inference
     part.replace(folder / WEIGHTS)
     return folder
+
+
+def _beside(base: nn.Module) -> list[str]:
+    """Modules that trained beside the adapter's layers."""
+    adapted = [name for name, part in base.named_modules() if isinstance(part, (BaseTunerLayer, ModulesToSaveWrapper))]
+    found = []
+    for name, parameter in base.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer = next((one for one in adapted if name.startswith(f"{one}.")), None)
+        if layer is None:
+            found.append(name.rpartition(".")[0])
+        elif f"{layer}.base_layer." in name:
+            raise PEFTError(f"{name!r} trained beside an adapter of its layer, which peft's files have no place for.")
+    if "" in found:
+        raise PEFTError("a parameter of the model itself, in no module of its own, trained: peft's files have no "
+                        "place for it.")  # fmt: skip
+    return sorted(set(found))
 
 
 def load_adapter(module: nn.Module, folder: str | Path, name: str = "default", host: str | None = None) -> None:
