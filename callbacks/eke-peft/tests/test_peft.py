@@ -555,6 +555,16 @@ def test_a_run_can_merge_at_its_end_and_then_saves_the_plain_model(tmp_path):
     assert set(done.model.state_dict()) == set(TinyBlocks().state_dict())
     done.trainer.save_checkpoint(tmp_path / "x.ckpt", weights_only=True)
     TinyBlocks().load_state_dict(torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"])
+    with kit.quiet():
+        done.trainer.validate(done.model, shuffled(TinyBlocks.dataset(16), 4, 0))
+    assert set(done.model.state_dict()) == set(TinyBlocks().state_dict())  # evaluating begins no new adapter
+
+
+def test_a_merged_model_is_no_base_for_the_run_s_checkpoints(tmp_path):
+    fit(TinyBlocks(), PEFT(settings={"r": 4}), epochs=1).trainer.save_checkpoint(tmp_path / "x.ckpt")
+    done = fit(TinyBlocks(), PEFT(settings={"r": 4}, merge=True), epochs=1)
+    with pytest.raises(PEFTError, match="has been merged into this model"), kit.quiet():
+        done.trainer.validate(done.model, shuffled(TinyBlocks.dataset(16), 4, 0), ckpt_path=tmp_path / "x.ckpt")
 
 
 def test_what_cannot_be_merged_says_so():
@@ -631,6 +641,35 @@ def test_a_quantized_base_trains_saves_the_adapter_and_resumes(kind, tmp_path):
         merge(unbroken.model)
 
 
+def test_a_base_that_transformers_has_quantized_trains_and_resumes(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    transformers = pytest.importorskip("transformers")
+    config = bert().config
+    config.hidden_size, config.intermediate_size = 64, 128
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)
+
+    def model(skip=("classifier",)):
+        quantization = transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=list(skip))
+        return Classifier(
+            transformers.AutoModelForSequenceClassification.from_pretrained(
+                tmp_path, quantization_config=quantization, device_map="cpu", dtype=torch.float32
+            )
+        )
+
+    whole, again = model(), model()
+    tune(whole, PEFT(settings={"r": 4}))
+    tune(model(), PEFT(settings={"r": 4}), epochs=1).save_checkpoint(tmp_path / "x.ckpt")
+    tune(again, PEFT(settings={"r": 4}), ckpt=tmp_path / "x.ckpt")
+    for (name, one), (_, other) in zip(whole.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+    with pytest.raises(PEFTError, match="'model.classifier.weight' should train, and is quantized .*llm_int8_skip_mod"):
+        tune(model(skip=()), PEFT())
+    with pytest.raises(PEFTError, match="do not load from a checkpoint. Give checkpoint='adapter'"):
+        tune(model(), PEFT(checkpoint="full"))
+
+
 # With strategies and other techniques
 
 
@@ -696,6 +735,34 @@ def test_a_compiled_block_trains_the_same():
     assert losses(True) == pytest.approx(losses(False), abs=1e-6)
 
 
+def test_all_of_it_together_resumes_to_the_same_bits(tmp_path):
+    adam8bit = pytest.importorskip("eke_adam8bit")
+
+    def run(ckpt=None, save=None, epochs=2):
+        def work(rank):
+            techniques = [PEFT(settings={"r": 4}), adam8bit.Adam8bit(min_elements=1)]
+            options = {"accumulate_grad_batches": 2, "precision": "bf16-mixed", "gradient_clip_val": 1.0}
+            trainer = kit.make_trainer(*techniques, epochs=epochs, world=2, **options)
+            kit.seed_everything(0)
+            model = Classifier()
+            model.model.gradient_checkpointing_enable({"use_reentrant": False})
+            for block in find_blocks(model.model):
+                block.compile(backend="aot_eager")
+            with kit.quiet():
+                trainer.fit(model, shuffled(texts().dataset, 2, 0, rank, 2), ckpt_path=ckpt)
+                if save:
+                    trainer.save_checkpoint(save)
+            return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+        return run_ranks(work, 2)[0]
+
+    whole = run()
+    assert any(p.abs().sum() > 0 for name, p in whole.items() if ".lora_B." in name)
+    run(save=tmp_path / "x.ckpt", epochs=1)
+    resumed = run(ckpt=tmp_path / "x.ckpt")
+    assert all(torch.equal(p, resumed[name]) for name, p in whole.items())
+
+
 # Refusals
 
 
@@ -739,7 +806,10 @@ def test_it_says_what_trains():
     words = technique.summary(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert f"{trained:,} of" in words
-    assert "head.bias" in words
+    lines = [line.strip() for line in words.splitlines()[1:]]
+    assert "blocks.*.mlp.fc1: 4 x 192" in lines  # 4 x (16 + 32)
+    assert "head.bias: 1 x 32" in lines
+    assert len(lines) == 4 + 2
 
 
 def test_a_copy_of_the_model_keeps_its_adapter():

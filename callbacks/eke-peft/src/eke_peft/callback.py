@@ -11,6 +11,7 @@ Pagnoni, Holtzman, Zettlemoyer 2023, https://arxiv.org/abs/2305.14314. Survey se
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -50,10 +51,11 @@ from eke_peft.methods import (
     task_of,
     tuned,
 )  # fmt: skip
-from eke_peft.quantized import keep_weights, quantize_layers, start_at_rest
+from eke_peft.quantized import keep_weights, quantize_layers, quantized_layers, start_at_rest
 from eke_peft.ranks import Ranks
 from eke_peft.saved import host_of, merge
 
+_ADAPTER = re.compile(r"\.(?=(?:lora|ia3|hada|lokr|vera|oft|eke)_)")  # where a layer's own name ends
 HEADS = ("classifier", "score", "qa_outputs", "classification_head")  # what from_pretrained makes anew
 
 
@@ -139,12 +141,18 @@ class PEFT(TechniqueCallback):
         self._gated: list[nn.Module] = []
         self._module: LightningModule | None = None
         self._ranks: Ranks | None = None
+        self._merged = False
         self._said = False
 
     # ------------------------------------------------------------------ the model
 
+    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._merged = self._merged and trainer.state.fn != "fit"
+
     def alter_model(self, pl_module: LightningModule) -> None:
         self._module = pl_module
+        if self._merged:
+            return  # the plain model is what is evaluated now
         if self._missing(pl_module):  # once: a second time would begin the adapter anew
             self._put(pl_module)
         self._base = pl_module.eke_peft["hash"]
@@ -175,6 +183,9 @@ class PEFT(TechniqueCallback):
         path, host = host_of(pl_module, self.host)
         before = dict(pl_module.named_parameters())
         frozen = self._frozen(pl_module, path, host)
+        if self.checkpoint == "full" and (quantized := quantized_layers(host)):
+            raise PEFTError(f"{quantized[0]!r} is quantized, and such weights do not load from a checkpoint. Give "
+                            "checkpoint='adapter', which leaves them to the base.")  # fmt: skip
         hashed = fingerprint(frozen)
         with torch.random.fork_rng(devices=[]):  # first values of the technique's own, and the user's stream stays
             torch.manual_seed(int(torch.randint(2**40, (), generator=self.generator)))
@@ -315,6 +326,12 @@ class PEFT(TechniqueCallback):
                 trains = trains or any(fnmatchcase(name, pattern) for pattern in self.train)
             elif path:
                 trains = trains or outside or relative.split(".")[0] in HEADS
+            if trains and not (parameter.is_floating_point() or parameter.is_complex()):
+                part = relative.rpartition(".")[0]
+                raise PEFTError(
+                    f"{name!r} should train, and is quantized ({parameter.dtype}). Load the model with "
+                    f"BitsAndBytesConfig(..., llm_int8_skip_modules=[{part!r}]), or leave it out of train=."
+                )
             if not trains:
                 frozen[name] = parameter
         if self.method == "bitfit" and not biases:
@@ -346,12 +363,21 @@ class PEFT(TechniqueCallback):
         parameters = list(pl_module.parameters())
         trained = [p for p in parameters if p.requires_grad]
         count, total = sum(map(Tensor.numel, trained)), sum(map(Tensor.numel, parameters))
-        names = [name for name, p in pl_module.named_parameters() if p.requires_grad]
         method = self.method if isinstance(self.method, str) else self.method.peft_type.value
-        some = ", ".join(names[:3]) + (f", ... {names[-1]}" if len(names) > 3 else "")
+        places: dict[str, list[str]] = {}  # to the modules and numbers of each
+        sizes: dict[str, int] = {}
+        for name, parameter in pl_module.named_parameters():
+            if parameter.requires_grad:
+                path = _ADAPTER.split(name.replace("_orig_mod.", ""))[0]
+                place = re.sub(r"\.\d+(?=\.)", ".*", path)
+                sizes[place] = sizes.get(place, 0) + parameter.numel()
+                places.setdefault(place, []).append(path)
+        lines = [
+            f"  {place}: {len(set(paths))} x {sizes[place] // len(set(paths)):,}" for place, paths in places.items()
+        ]
         return (
             f"PEFT {method}: {count:,} of {total:,} parameters train ({100 * count / total:.2f} %), "
-            f"{sum(p.nbytes for p in trained):,} bytes of {sum(p.nbytes for p in parameters):,}: {some}."
+            f"{sum(p.nbytes for p in trained):,} bytes of {sum(p.nbytes for p in parameters):,}:\n" + "\n".join(lines)
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -389,6 +415,7 @@ class PEFT(TechniqueCallback):
         if self.merge:
             merge(pl_module)
             del pl_module.eke_peft
+            self._merged = True
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -400,6 +427,11 @@ class PEFT(TechniqueCallback):
                 "checkpoint": self.checkpoint}  # fmt: skip
 
     def shape_from(self, manifest: dict[str, Any], pl_module: LightningModule) -> None:
+        if self._merged:
+            raise PEFTError(
+                "the adapter has been merged into this model, which is no more the checkpoint's base. Load it into "
+                "a fresh one: eke.load_from_checkpoint(Model, path)."
+            )
         if not getattr(pl_module, "eke_peft", None):
             self._adopt(manifest)
             self._module = pl_module

@@ -14,6 +14,13 @@ from torch import Tensor, nn
 
 from eke_peft.methods import PEFTError
 
+LAYERS = ("Linear4bit", "Linear8bitLt")
+
+
+def quantized_layers(host: nn.Module) -> list[str]:
+    """Names of layers that bitsandbytes keeps in 4 or 8 bits."""
+    return [name for name, part in host.named_modules() if type(part).__name__ in LAYERS]
+
 
 def keep_weights(host: nn.Module) -> None:
     """Keep bitsandbytes from packing 4-bit weights anew when a layer is first evaluated on a CPU that knows bfloat16:
@@ -45,7 +52,7 @@ def quantize_layers(host: nn.Module, names: Iterable[str], kind: str) -> dict[st
     weights = {}
     for name in names:
         layer = host.get_submodule(name)
-        if type(layer).__name__ in ("Linear4bit", "Linear8bitLt"):
+        if type(layer).__name__ in LAYERS:
             continue  # the base came so
         if type(layer) is not nn.Linear:
             raise PEFTError(

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from eke_peft.methods import Adapter, PEFTError, Prompts, close_fast_path, open_fast_path, remove_intrinsic
+from eke_peft.quantized import LAYERS
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -161,7 +162,7 @@ def merge(module: nn.Module) -> nn.Module:
         raise PEFTError("prompts are no sums of weights, and cannot be merged.")
     layers = [(name, part) for name, part in module.named_modules() if isinstance(part, BaseTunerLayer)]
     for name, part in layers:
-        if type(part.get_base_layer()).__name__ in ("Linear4bit", "Linear8bitLt"):
+        if type(part.get_base_layer()).__name__ in LAYERS:
             raise PEFTError(
                 f"{name} is quantized, and merging would round it again. Export the adapter, load the base without "
                 "quantize= and merge there."
