@@ -1,5 +1,6 @@
 import copy
 import warnings
+from types import SimpleNamespace
 
 import eke
 import peft
@@ -14,6 +15,7 @@ from eke_peft import PEFT, PEFTError, export, load_adapter, merge, set_adapter
 from eke_peft.callback import trained_names
 from eke_peft.methods import Adapter, Fastfood, linear_layers, outputs, walsh_hadamard
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 HEADS = {
@@ -292,6 +294,10 @@ def test_adalora_says_what_it_lacks():
         tune(Classifier(), PEFT("adalora"), epochs=-1, max_time="00:00:01:00")
     with pytest.raises(PEFTError, match="tinit=5 and tfinal=3 has no step left of 8"):
         tune(Classifier(), PEFT("adalora", settings={"tinit": 5, "tfinal": 3}))
+    strategy = ModelParallelStrategy()
+    trainer = SimpleNamespace(strategy=strategy, state=SimpleNamespace(fn="fit"))
+    with pytest.raises(PEFTError, match="whole gradients, which ModelParallelStrategy shards"):
+        PEFT("adalora").check(trainer, TinyBlocks())
 
 
 # Hugging Face
