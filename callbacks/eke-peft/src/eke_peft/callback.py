@@ -45,15 +45,18 @@ from eke_peft.methods import (
     fingerprint,
     linear_layers,
     outputs,
+    patch_size,
     put_adapters,
     put_intrinsic,
     put_prompts,
     scaled,
     task_of,
+    token_width,
     tuned,
 )  # fmt: skip
 from eke_peft.quantized import keep_weights, quantize_layers, quantized_layers, start_at_rest
 from eke_peft.ranks import Ranks
+from eke_peft.rates import Apart, join
 from eke_peft.saved import host_of, merge
 
 _ADAPTER = re.compile(r"\.(?=(?:lora|ia3|hada|lokr|vera|oft|eke)_)")  # where a layer's own name ends
@@ -152,8 +155,8 @@ class PEFT(TechniqueCallback):
         whole = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
         if isinstance(self._config(), AdaLoraConfig) and (not whole or isinstance(trainer.strategy, DeepSpeedStrategy)):
             raise PEFTError(
-                f"AdaLoRA looks at whole gradients, which {type(trainer.strategy).__name__} shards. Give strategy='ddp' "
-                "or ZeRO(stage=1)."
+                f"AdaLoRA looks at whole gradients, which {type(trainer.strategy).__name__} shards. Give "
+                "strategy='ddp' or ZeRO(stage=1)."
             )
 
     def alter_model(self, pl_module: LightningModule) -> None:
@@ -227,9 +230,9 @@ class PEFT(TechniqueCallback):
             put_adapters(host, names, own["width"])
         elif self.method == "vpt":
             blocks = find_blocks(host, self.blocks)
-            width = _token_width(blocks[0])
+            width = token_width(blocks[0])
             layers = len(blocks) if own["deep"] else 1
-            pl_module.add_module(PROMPTS, Prompts(layers, own["tokens"], width, _patch(host), own["dropout"]))
+            pl_module.add_module(PROMPTS, Prompts(layers, own["tokens"], width, patch_size(host), own["dropout"]))
         elif self.method == "intrinsic":
             put_intrinsic(host, self.targets or linear_layers(host, self.blocks), own["dimension"], seed=0)
         else:
@@ -410,8 +413,8 @@ class PEFT(TechniqueCallback):
             )
         if self.lr_ratio is not None:
             second = {id(p) for name, p in self._module.named_parameters() if ".lora_B." in name}
-            optimizer.register_step_pre_hook(_Split(second, self.lr_ratio))
-            optimizer.register_step_post_hook(_join)
+            optimizer.register_step_pre_hook(Apart(second, self.lr_ratio))
+            optimizer.register_step_post_hook(join)
         if self._ranks is not None:
             optimizer.register_step_post_hook(self._ranks.step)
         return optimizer
@@ -521,26 +524,6 @@ def trained_names(module: nn.Module) -> set[str]:
     return (names | floating) & state
 
 
-class _Split:
-    """Before a step of LoRA+: parameters of a group apart, those of second matrices at a higher learning rate."""
-
-    def __init__(self, second: set[int], ratio: float) -> None:
-        self.second, self.ratio = second, ratio
-
-    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        optimizer.eke_groups = optimizer.param_groups
-        optimizer.param_groups = [
-            {**group, "params": [p for p in group["params"] if (id(p) in self.second) == later],
-             "lr": group["lr"] * (self.ratio if later else 1)}
-            for group in optimizer.param_groups for later in (False, True)
-        ]  # fmt: skip
-
-
-def _join(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    optimizer.param_groups = optimizer.eke_groups
-    del optimizer.eke_groups
-
-
 @contextmanager
 def _unmeshed(module: LightningModule) -> Iterator[None]:
     """Hide the processes' mesh, which Lightning keeps on the module, and peft takes for tensor parallelism."""
@@ -549,19 +532,6 @@ def _unmeshed(module: LightningModule) -> Iterator[None]:
         yield
     finally:
         module._device_mesh = mesh
-
-
-def _token_width(block: nn.Module) -> int:
-    norms = [part for part in block.modules() if isinstance(part, nn.LayerNorm)]
-    if not norms:
-        raise PEFTError(f"the width of a token is not to be seen from {type(block).__name__}, which has no LayerNorm.")
-    return norms[0].normalized_shape[-1]
-
-
-def _patch(host: nn.Module) -> int:
-    """Features of a patch: of the convolution that cuts an image, 3 x 16 x 16 where there is none."""
-    found = next((part for part in host.modules() if isinstance(part, nn.Conv2d)), None)
-    return found.weight[0].numel() if found is not None else 768
 
 
 def _plain(value: Any) -> Any:

@@ -224,6 +224,24 @@ class Prompts(nn.Module):
         return F.dropout(self.tokens[layer], self.dropout, self.training)
 
 
+def token_width(block: nn.Module) -> int:
+    """Of a token, by a block's LayerNorm.
+
+    Raises:
+        PEFTError: it has none.
+    """
+    norms = [part for part in block.modules() if isinstance(part, nn.LayerNorm)]
+    if not norms:
+        raise PEFTError(f"the width of a token is not to be seen from {type(block).__name__}, which has no LayerNorm.")
+    return norms[0].normalized_shape[-1]
+
+
+def patch_size(host: nn.Module) -> int:
+    """Features of a patch: of the convolution that cuts an image, 3 x 16 x 16 where there is none."""
+    found = next((part for part in host.modules() if isinstance(part, nn.Conv2d)), None)
+    return found.weight[0].numel() if found is not None else 768
+
+
 def put_prompts(host: nn.Module, prompts: Prompts, blocks: Blocks, prefix: int, owner: str) -> list[nn.Module]:
     """Let blocks see the prompts, behind the first ``prefix`` tokens, and nobody after the last block."""
     modules, count = list(blocks), prompts.tokens.shape[1]
