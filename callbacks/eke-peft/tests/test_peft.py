@@ -604,6 +604,8 @@ def test_another_method_on_a_tuned_model_is_refused_unless_it_has_another_name()
         fit(model, PEFT("bitfit"))
     fit(model, PEFT("bitfit", adapter="second"))
     merge(model)
+    fit(model, PEFT(settings={"r": 4}))  # begins anew on what was merged
+    assert any(".lora_" in name for name, _ in model.named_parameters())
 
 
 # Quantized

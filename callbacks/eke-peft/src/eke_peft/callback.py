@@ -187,7 +187,8 @@ class PEFT(TechniqueCallback):
                 f"{type(pl_module).__name__} is tuned by {there['method']} already, with other settings. Merge that "
                 "(eke_peft.merge), or give another adapter= beside it."
             )
-        return there is None or there["adapter"] != self.adapter
+        merged = self.method not in ("bitfit", "head") and not tuned(pl_module)
+        return there is None or there["adapter"] != self.adapter or merged
 
     def _put(self, pl_module: LightningModule) -> None:
         path, host = host_of(pl_module, self.host)
@@ -422,7 +423,6 @@ class PEFT(TechniqueCallback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.merge:
             merge(pl_module)
-            del pl_module.eke_peft
             self._merged = True
 
     # ------------------------------------------------------------------ checkpoints

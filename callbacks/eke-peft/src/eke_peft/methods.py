@@ -24,6 +24,7 @@ from peft import (
     IA3Config,
     LoraConfig,
     PeftConfig,
+    PeftModel,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
@@ -162,13 +163,6 @@ def _sizes(layer: nn.Module) -> tuple[int, int]:
     if hasattr(layer, "in_features"):
         return layer.in_features, layer.out_features
     return tuple(layer.weight.shape)  # Hugging Face's Conv1D
-
-
-def _width(block: nn.Module) -> int:
-    norms = [part for part in block.modules() if isinstance(part, nn.LayerNorm)]
-    if norms:
-        return norms[0].normalized_shape[-1]
-    return next(_sizes(part)[0] for part in block.modules() if type(part).__name__ in _LINEAR)
 
 
 # ---------------------------------------------------------------------- what peft lacks
@@ -349,7 +343,7 @@ def open_fast_path(layer: nn.TransformerEncoderLayer) -> None:
 def tuned(module: nn.Module) -> str:
     """What a module has been given already; empty where nothing."""
     for part in module.modules():
-        if isinstance(part, BaseTunerLayer):
+        if isinstance(part, (BaseTunerLayer, PeftModel)):
             return "peft"
         if isinstance(part, (Adapter, Prompts, Fastfood)):
             return type(part).__name__

@@ -174,8 +174,8 @@ def merge(module: nn.Module) -> nn.Module:
         _replace(module, name, part.modules_to_save[part.active_adapter])
     remove_intrinsic(module)
     for part in module.modules():
-        if "peft_config" in vars(part):
-            del part.peft_config
+        for mark in ("peft_config", "eke_peft"):
+            vars(part).pop(mark, None)
         if isinstance(part, nn.TransformerEncoderLayer):
             open_fast_path(part)
     return module
