@@ -174,7 +174,9 @@ def beyond(runs: list[dict[str, Any]], label: str, most: int = 5) -> list[float]
 
 def finished(pool: ProcessPoolExecutor, file: Path, size: str, asked: list[tuple[str, float, int]]) -> list[Any]:
     """These runs, from the file or made now and added to it."""
-    lines = file.read_text().splitlines() if file.exists() else []
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    if lines and not lines[-1].endswith("\n"):  # killed while it wrote
+        file.write_text("".join(lines := lines[:-1]))
     found = {(run["label"], run["lr"], run["seed"]): run for run in map(json.loads, lines)}
     waiting = [pool.submit(train, *one, size) for one in asked if one not in found]
     for future in as_completed(waiting):
