@@ -112,12 +112,22 @@ def agree(build, techniques=dict, within=WITHIN, **options):
     return found
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+OPTIONS = {
+    "plain": {},
+    "bf16-mixed": {"precision": "bf16-mixed"},
+    "bf16-true": {"precision": "bf16-true"},
+    "accumulated": {"accumulate": 2},
+}
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"precision": "bf16-mixed"}, {"precision": "bf16-true"}, {"accumulate": 2}],
-    ids=lambda options: " ".join(map(str, options.values())) or "plain",
-)
+    ("shape", "options"),
+    [
+        pytest.param(shape, options, id=f"{name}-{shape.__name__}",
+                     marks=[] if name == "plain" or shape is TinyBlocks else [pytest.mark.slow])
+        for shape in SHAPES for name, options in OPTIONS.items()
+    ],
+)  # fmt: skip
 def test_it_is_what_the_allocator_counts(shape, options):
     if shape is TinyGPT2:
         pytest.importorskip("transformers")
@@ -341,6 +351,7 @@ def test_where_no_single_change_is_enough_several_are_added_up():
     assert all(one.forecast.total > budget for one in tried[:-1])
 
 
+@pytest.mark.slow
 def test_nothing_fits_a_card_of_a_byte():
     setup = Setup(builder(TinyBlocks, 2))
     tried, fitting = make_fit(setup, 1, setup.forecast(), 2)
