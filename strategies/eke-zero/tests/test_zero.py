@@ -461,7 +461,7 @@ TOGETHER = [name for name in eke.available() if name != "zero" and example_model
 
 
 @pytest.mark.parametrize("name", TOGETHER)
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])  # 1 is DDP with another optimizer
 def test_every_technique_trains_as_under_ddp_or_is_refused_in_words(name, stage, tmp_path):
     if name in ("data_pruning", "data_scores"):
         pytest.skip("it needs a Trainer's data module or a file, and its own tests run it")
