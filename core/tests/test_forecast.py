@@ -112,6 +112,12 @@ def agree(build, techniques=dict, within=WITHIN, **options):
     return found
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Techniques that write where a run is, such as reports, do so in a folder of the test's."""
+    monkeypatch.chdir(tmp_path)
+
+
 OPTIONS = {
     "plain": {},
     "bf16-mixed": {"precision": "bf16-mixed"},
