@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from eke.seams import gate
+from eke.seams import interceptor
 from eke_bench import Benchmark, Timing, main_of
 from eke_bench.workloads import load
 from eke_layer_drop.callback import Rescale, Skip
@@ -26,11 +26,11 @@ def steps(size: str) -> dict[str, Callable[[], Any]]:
     model = workload.model({"blocks": 12, "width": {"smoke": 32, "cpu": 128, "gpu": 512}[size]}, 1e-4, 10**9).to(device)
     optimizer = model.configure_optimizers()["optimizer"]
     batch = next(iter(workload.train_loader(seed=0))).to(device)
-    gate.attach(model.blocks, "benchmark")
+    interceptor.attach(model.blocks, "benchmark")
 
-    def step(run: int, *transforms: gate.Transform) -> None:
+    def step(run: int, *actions: interceptor.Action) -> None:
         for number, block in enumerate(model.blocks):
-            gate.put(block, "benchmark", *(transforms if number < run else (Skip(),)))
+            interceptor.put(block, "benchmark", *(actions if number < run else (Skip(),)))
         model.loss(batch).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from eke.seams import gate
+from eke.seams import interceptor
 from eke_bench import Benchmark, Timing, main_of
 from eke_bench.workloads import load
 from eke_random_ltd import RandomLTD
@@ -28,14 +28,16 @@ def steps(size: str) -> dict[str, Callable[[], Any]]:
     optimizer = model.configure_optimizers()["optimizer"]
     batch = next(iter(workload.train_loader(seed=0))).to(device)
     middle = list(model.blocks)[1:-1]
-    gate.attach(middle, "benchmark")
+    interceptor.attach(middle, "benchmark")
 
     def step(share: float) -> None:
         technique = RandomLTD(share, duration=2)
         technique._steps = 2
         for number, block in enumerate(middle):
             choose = Choose(technique, 0, number)
-            gate.put(block, "benchmark", *([gate.OnTokens(choose, Side(block, choose))] if share < 1 else []))
+            interceptor.put(
+                block, "benchmark", *([interceptor.Select(choose, Side(block, choose))] if share < 1 else [])
+            )
         model.loss(batch).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from eke.seams import gate
+from eke.seams import interceptor
 from eke_bench import Benchmark, Timing, main_of
 from eke_bench.workloads.vit import ConvViT, digits
 from eke_token_drop.callback import LeaveOut
@@ -26,10 +26,10 @@ def steps(size: str) -> dict[str, Callable[[], Any]]:
     optimizer = model.configure_optimizers()["optimizer"]
     images, classes, _, _ = digits()
     batch = images[: 16 if size != "gpu" else 256].to(device), classes[: 16 if size != "gpu" else 256].to(device)
-    gate.attach([model.blocks[0]], "benchmark")
+    interceptor.attach([model.blocks[0]], "benchmark")
 
     def step(keep: float) -> None:
-        gate.put(model.blocks[0], "benchmark", *([LeaveOut(keep, 0, 1, {})] if keep < 1 else []))
+        interceptor.put(model.blocks[0], "benchmark", *([LeaveOut(keep, 0, 1, {})] if keep < 1 else []))
         model.loss(batch).backward()
         optimizer.step()
         optimizer.zero_grad()

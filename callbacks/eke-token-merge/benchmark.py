@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from eke.seams import gate
+from eke.seams import interceptor
 from eke_bench import Benchmark, Timing, main_of
 from eke_bench.workloads.vit import ConvViT, digits
 from eke_token_merge import TokenMerge
@@ -27,12 +27,12 @@ def steps(size: str) -> dict[str, Callable[[], Any]]:
     optimizer = model.configure_optimizers()["optimizer"]
     images, classes, _, _ = digits()
     batch = images[: 16 if size != "gpu" else 256].to(device), classes[: 16 if size != "gpu" else 256].to(device)
-    gate.attach(model.blocks, "benchmark")
+    interceptor.attach(model.blocks, "benchmark")
 
     def step(count: int, proportional: bool = True) -> None:
         technique = TokenMerge(count, prefix=1, proportional=proportional)
         for number, block in enumerate(model.blocks):
-            gate.put(block, "benchmark", *([Merge(technique, block, number == 0)] if count else []))
+            interceptor.put(block, "benchmark", *([Merge(technique, block, number == 0)] if count else []))
         model.loss(batch).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -75,9 +75,9 @@ def test_two_strategies_are_refused():
 
 @pytest.mark.parametrize(("name", "other"), [("a", "b"), ("b", "a")])
 def test_a_conflict_declared_on_either_side_is_refused_with_its_reason(name, other):
-    declares = record(name, conflicts={other: "both own the clock."})
+    declares = record(name, conflicts={other: "both own the schedule."})
     assert compose.conflicts([declares, record(other)]) == [
-        f"{name!r} cannot run together with {other!r}: both own the clock."
+        f"{name!r} cannot run together with {other!r}: both own the schedule."
     ]
     assert compose.conflicts([declares, record("c")]) == []
 

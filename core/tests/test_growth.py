@@ -40,7 +40,7 @@ class Doubles(eke.TechniqueCallback):
         self.grown = False
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if not self.grown and self.clock.steps >= self.at and self.clock.at_boundary:
+        if not self.grown and self.progress.steps >= self.at and self.progress.at_boundary:
             rebuild(trainer, self.double(pl_module))
 
     def double(self, pl_module):

@@ -2,25 +2,25 @@
 
 import pytest
 import torch
-from eke.seams.losses import LossError, hearing, reduce_loss
+from eke.seams.losses import LossError, capture, reduce_loss
 from torch.nn import functional as F
 
 WEIGHTS = torch.tensor([0.5, 2.0, 1.0])
 
 
-def heard(step, weights=None, samples=3, batch=None):
-    with hearing(samples, lambda losses: weights, batch) as ears:
+def captured(step, weights=None, samples=3, batch=None):
+    with capture(samples, lambda losses: weights, batch) as found:
         loss = step()
-    return loss, ears.check()
+    return loss, found.check()
 
 
 def test_a_plain_cross_entropy_gives_each_samples_loss_and_the_same_mean():
     logits, classes = torch.randn(3, 5, requires_grad=True), torch.tensor([0, 4, 2])
     each = F.cross_entropy(logits, classes, reduction="none")
-    loss, losses = heard(lambda: F.cross_entropy(logits, classes))
+    loss, losses = captured(lambda: F.cross_entropy(logits, classes))
     assert torch.equal(losses, each.detach())
     torch.testing.assert_close(loss, each.mean())
-    loss, _ = heard(lambda: torch.nn.CrossEntropyLoss(label_smoothing=0.1)(logits, classes), WEIGHTS)
+    loss, _ = captured(lambda: torch.nn.CrossEntropyLoss(label_smoothing=0.1)(logits, classes), WEIGHTS)
     smooth = F.cross_entropy(logits, classes, reduction="none", label_smoothing=0.1)
     torch.testing.assert_close(loss, (smooth * WEIGHTS).mean())
     torch.testing.assert_close(
@@ -39,29 +39,29 @@ def test_a_sequences_loss_is_the_mean_of_its_tokens_that_count(shape):
         "transposed": lambda: F.cross_entropy(logits.transpose(1, 2), ids),
         "helper": lambda: reduce_loss(each, valid),
     }[shape]
-    loss, losses = heard(step)
+    loss, losses = captured(step)
     torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), ids.flatten()))
     torch.testing.assert_close(losses, each.sum(1) / valid.sum(1))
-    weighed, _ = heard(step, WEIGHTS)
+    weighed, _ = captured(step, WEIGHTS)
     torch.testing.assert_close(weighed, (each.sum(1) * WEIGHTS).sum() / valid.sum())
 
 
-def test_hugging_faces_own_loss_is_heard():
+def test_hugging_faces_own_loss_is_captured():
     pytest.importorskip("transformers")
     from eke.testing import hugging_face
 
     ids = torch.randint(0, 32, (3, 8))
     model = hugging_face("gpt2")
     plain = model(input_ids=ids, labels=ids).loss
-    loss, losses = heard(lambda: model(input_ids=ids, labels=ids).loss)
+    loss, losses = captured(lambda: model(input_ids=ids, labels=ids).loss)
     torch.testing.assert_close(loss, plain)
     each = torch.stack([model(input_ids=row[None], labels=row[None]).loss for row in ids])
     torch.testing.assert_close(losses, each.detach())
 
 
-def test_probabilities_of_classes_are_heard():
+def test_probabilities_of_classes_are_captured():
     logits, shares = torch.randn(3, 5), torch.rand(3, 5).softmax(1)
-    loss, losses = heard(lambda: F.cross_entropy(logits, shares))
+    loss, losses = captured(lambda: F.cross_entropy(logits, shares))
     torch.testing.assert_close(loss, F.cross_entropy(logits, shares))
     assert losses.shape == (3,)
 
@@ -79,7 +79,7 @@ def test_what_is_not_beyond_doubt_is_refused():
         (lambda: F.mse_loss(logits, logits), "took no mean of losses"),
     ):
         with pytest.raises(LossError, match=said):
-            heard(step)
+            captured(step)
 
 
 @pytest.mark.parametrize("ahead", [slice(1, None), slice(0, 4), slice(None)])
@@ -88,7 +88,7 @@ def test_copied_and_flattened_targets_are_found_again_in_the_batch(ahead):
     targets = batch["ids"][:, ahead].clone()
     targets[1, 1] = -100
     logits = torch.randn(*targets.shape, 7)
-    loss, losses = heard(lambda: F.cross_entropy(logits.flatten(0, 1), targets.flatten()), batch=batch)
+    loss, losses = captured(lambda: F.cross_entropy(logits.flatten(0, 1), targets.flatten()), batch=batch)
     torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
     each = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
     torch.testing.assert_close(losses, each.sum(1) / (targets != -100).sum(1))
@@ -107,11 +107,11 @@ def test_flattened_targets_that_may_be_read_otherwise_are_refused():
         (ids[:, 1:].flatten(), ids.float()),
     ):
         with pytest.raises(LossError, match="which loss belongs to which sample is not known"):
-            heard(lambda targets=targets: F.cross_entropy(logits, targets), batch=batch)
+            captured(lambda targets=targets: F.cross_entropy(logits, targets), batch=batch)
 
 
 def test_unreduced_losses_pass_and_outside_nothing_is_caught():
     logits, classes = torch.randn(3, 5), torch.tensor([0, 4, 2])
-    _, losses = heard(lambda: reduce_loss(F.cross_entropy(logits, classes, reduction="none")))
+    _, losses = captured(lambda: reduce_loss(F.cross_entropy(logits, classes, reduction="none")))
     torch.testing.assert_close(losses, F.cross_entropy(logits, classes, reduction="none"))
     torch.testing.assert_close(reduce_loss(losses), losses.mean())

@@ -203,9 +203,9 @@ def test_two_strategies_are_refused_before_one_is_lost(install):
 
 def test_techniques_that_exclude_each_other_are_refused_before_any_is_built(install):
     build = "\n\ndef make():\n    raise AssertionError('built')\n"
-    install("eke-one", "one", source("one", "make", conflicts={"two": "both own the clock."}) + build)
+    install("eke-one", "one", source("one", "make", conflicts={"two": "both own the schedule."}) + build)
     install("eke-two", "two", source("two", "make") + build)
-    with pytest.raises(eke.ConflictError, match="'one' cannot run together with 'two': both own the clock."):
+    with pytest.raises(eke.ConflictError, match="'one' cannot run together with 'two': both own the schedule."):
         eke.trainer_kwargs(two={}, one={})
 
 

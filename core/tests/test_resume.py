@@ -55,7 +55,7 @@ class Draws(TechniqueCallback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.drawn.append(torch.rand(1, generator=self.generator).item())
-        self.clocks.append((self.clock.steps, self.clock.micro_steps, self.clock.at_boundary))
+        self.clocks.append((self.progress.steps, self.progress.micro_steps, self.progress.at_boundary))
 
 
 class Kill(Callback):
@@ -197,7 +197,7 @@ def test_a_policy_that_keeps_the_length_resumes_in_mid_epoch(tmp_path):
     class Reversed(Draws):
         def alter_loader(self, loader):
             return use_policy(
-                self.clock.trainer, loader, lambda epoch, generator: torch.randperm(10, generator=generator)
+                self.progress.trainer, loader, lambda epoch, generator: torch.randperm(10, generator=generator)
             )
 
     whole, _ = run(LOADERS["shuffled"](), technique=Reversed)
@@ -225,7 +225,7 @@ def test_a_policy_deals_an_epoch_out_to_the_ranks_without_overlap():
 def test_an_iterable_dataset_cannot_have_its_samples_chosen():
     class Chooses(Draws):
         def alter_loader(self, loader):
-            return use_policy(self.clock.trainer, loader, lambda epoch, generator: [0])
+            return use_policy(self.progress.trainer, loader, lambda epoch, generator: [0])
 
     with pytest.raises(ValueError, match="DataLoader over Stream has no sampler.*map-style dataset"):
         run(LOADERS["iterable"](), technique=Chooses)

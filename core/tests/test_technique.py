@@ -285,7 +285,7 @@ def test_ten_techniques_cost_what_one_callback_costs():
     ten_callbacks = calls_per_step(*[Callback] * 10) - lean
     ten_techniques = calls_per_step(*(technique(f"t{i}") for i in range(10))) - lean
     assert ten_callbacks == 10 * one_callback
-    # Beside the callback: the clock's two calls, and the iterator that counts batches.
+    # Beside the callback: the progress' two calls, and the iterator that counts batches.
     assert ten_techniques <= one_callback + 12, (lean, one_callback, ten_techniques)
 
 
@@ -311,4 +311,4 @@ def test_techniques_without_a_step_add_no_operators():
 
 
 def test_reading_the_clock_outside_a_run_gives_its_beginning():
-    assert technique("one")().clock.steps == 0
+    assert technique("one")().progress.steps == 0

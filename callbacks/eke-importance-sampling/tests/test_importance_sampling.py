@@ -85,12 +85,12 @@ def test_drawing_by_gradient_has_less_variance_than_drawing_alike():
         layer.weight.copy_(torch.eye(4, 8) * 6)
     classes[8:] = inputs[8:, :4].argmax(1)
     inputs[8:56] *= 60  # most are learned: their errors are small
-    from eke.seams.losses import hearing
-    from eke.seams.presample import error_norms
+    from eke.seams.losses import capture
+    from eke.seams.scoring import error_norms
 
-    with hearing(64, lambda losses: None) as heard:
+    with capture(64, lambda losses: None) as captured:
         F.cross_entropy(layer(inputs), classes)
-    scores = error_norms(heard)
+    scores = error_norms(captured)
     gradients = torch.stack(
         [torch.autograd.grad(F.cross_entropy(layer(inputs[i : i + 1]), classes[i : i + 1]), layer.weight)[0].flatten()
          for i in range(64)]

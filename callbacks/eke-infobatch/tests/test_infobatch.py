@@ -131,7 +131,7 @@ class Steps(TinyBlocks):
         return eke.reduce_loss(losses)
 
 
-def test_scores_are_the_losses_of_the_samples_and_both_ways_hear_the_same():
+def test_scores_are_the_losses_of_the_samples_and_both_ways_capture_the_same():
     caught, helped = InfoBatch(0.5), InfoBatch(0.5)
     fit(TinyBlocks(), caught, epochs=1)
     fit(Steps(), helped, epochs=1)
@@ -142,9 +142,9 @@ def test_scores_are_the_losses_of_the_samples_and_both_ways_hear_the_same():
 
 def test_a_step_whose_weights_are_one_has_the_users_own_loss():
     plain = fit(TinyViT(), epochs=1).state["steps"]
-    heard = fit(TinyViT(), InfoBatch(0.5), epochs=1).state["steps"]
+    captured = fit(TinyViT(), InfoBatch(0.5), epochs=1).state["steps"]
     for name in plain:
-        assert heard[name]["loss"] == pytest.approx(plain[name]["loss"], rel=1e-5)
+        assert captured[name]["loss"] == pytest.approx(plain[name]["loss"], rel=1e-5)
 
 
 def test_losses_that_cannot_be_followed_back_are_refused_with_what_to_do():

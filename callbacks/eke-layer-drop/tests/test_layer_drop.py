@@ -5,7 +5,7 @@ from itertools import product
 import eke
 import pytest
 import torch
-from eke.seams import gate
+from eke.seams import interceptor
 from eke.testing import LAYERS, TinyBlocks, fit
 from eke_layer_drop import LayerDrop, keep_probabilities, theta
 from eke_layer_drop.callback import Rescale, Skip
@@ -45,11 +45,11 @@ def test_the_expected_output_is_that_of_the_block_by_enumeration():
     x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(1, 3, 4)
     for chance in (0.25, 0.5, 0.9):
         block = Halves(0.7)
-        gate.attach([block], "test")
+        interceptor.attach([block], "test")
         whole = block(x)
         expected = torch.zeros_like(x)
         for run in (True, False):
-            gate.put(block, "test", Rescale(chance) if run else Skip())
+            interceptor.put(block, "test", Rescale(chance) if run else Skip())
             expected += (chance if run else 1 - chance) * block(x)
         torch.testing.assert_close(expected, whole, rtol=0, atol=1e-6)  # the difference is taken in float32
 
@@ -67,12 +67,12 @@ def test_linear_blocks_have_the_expected_output_of_the_whole_stack():
     blocks = nn.Sequential(Linear(0.5), Linear(-0.25), Linear(2.0))
     chances = keep_probabilities(3, 0.4).tolist()
     whole = blocks(x)
-    gate.attach(blocks, "test")
+    interceptor.attach(blocks, "test")
     expected = torch.zeros_like(x)
     for runs in product((True, False), repeat=3):
         weight = 1.0
         for block, run, chance in zip(blocks, runs, chances, strict=True):
-            gate.put(block, "test", Rescale(chance) if run else Skip())
+            interceptor.put(block, "test", Rescale(chance) if run else Skip())
             weight *= chance if run else 1 - chance
         expected += weight * blocks(x)
     torch.testing.assert_close(expected, whole)
@@ -92,7 +92,7 @@ class Seen(Callback):
         self.kinds.append(next(t for t in eke.techniques(trainer) if isinstance(t, LayerDrop)).step_kind())
 
     def on_validation_batch_start(self, trainer, model, *_):
-        self.validated.append([len(gate.transforms(block)) for block in model.blocks])
+        self.validated.append([len(interceptor.actions(block)) for block in model.blocks])
 
 
 def block_ran(block):
@@ -132,9 +132,9 @@ def test_a_step_costs_the_flops_of_the_blocks_that_run():
     model, batch = TinyBlocks(), next(iter(TinyBlocks().train_dataloader()))
 
     def flops(skipped):
-        gate.attach(model.blocks, "test")
+        interceptor.attach(model.blocks, "test")
         for number, block in enumerate(model.blocks):
-            gate.put(block, "test", *([Skip()] if number in skipped else []))
+            interceptor.put(block, "test", *([Skip()] if number in skipped else []))
         with FlopCounterMode(display=False) as counter:
             model.loss(batch).backward()
         return counter.get_total_flops()
@@ -146,8 +146,8 @@ def test_a_step_costs_the_flops_of_the_blocks_that_run():
 
 def test_the_first_block_of_a_run_may_be_skipped_without_a_draw_of_the_global_numbers():
     model = TinyBlocks(dropout=0.5)
-    gate.attach(model.blocks, "test")
-    gate.put(model.blocks[0], "test", Skip())
+    interceptor.attach(model.blocks, "test")
+    interceptor.put(model.blocks[0], "test", Skip())
     batch = next(iter(model.train_dataloader()))
     torch.manual_seed(0)
     first = model.loss(batch)

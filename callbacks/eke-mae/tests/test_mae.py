@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from eke.seams import gate
+from eke.seams import interceptor
 from eke.testing import TinyBlocks, TinyViT, fit, hugging_face
 from eke.testing.data import Images
 from eke_mae import MAE, Decoder, blockwise, pixels_of_patches, positions_2d, random_units
@@ -384,7 +384,8 @@ def test_the_gates_are_gone_after_the_run():
     model = TinyViT()
     fit(model, MAE(decoder_depth=1), epochs=1)
     assert all(
-        gate.transforms(block) == () and "Gated" not in type(block).__mro__[0].__name__ for block in model.blocks
+        interceptor.actions(block) == () and not isinstance(block, interceptor.InterceptedBlock)
+        for block in model.blocks
     )
     assert not model.patch_embed._forward_hooks
     assert not model.norm._forward_hooks

@@ -3,7 +3,7 @@
 import eke
 import pytest
 import torch
-from eke.seams import gate
+from eke.seams import interceptor
 from eke.testing import TinyBlocks, fit, hugging_face
 from eke.testing.data import LENGTH
 from eke_random_ltd import RandomLTD, cut_side_inputs, draw_positions, tokens_at
@@ -53,8 +53,8 @@ def ltd(start=0.5, duration=10, multiple=1):
 def test_chosen_tokens_go_through_the_block_and_the_others_pass_by_with_gradient_one():
     block, x = Plus(1.0), torch.randn(3, 8, 2, requires_grad=True)
     choose = Choose(ltd(), 0, seed=5)
-    gate.attach([block], "test")
-    gate.put(block, "test", gate.OnTokens(choose, Side(block, choose)))
+    interceptor.attach([block], "test")
+    interceptor.put(block, "test", interceptor.Select(choose, Side(block, choose)))
     out = block(x)
     chosen = torch.zeros(3, 8, dtype=torch.bool).scatter(1, draw_positions(3, 8, 4, 5, x.device), True)
     assert torch.equal(out, torch.where(chosen[..., None], x + 1, x))
@@ -98,12 +98,12 @@ def test_full_length_changes_no_bit():
     assert all(torch.equal(plain[name], kept[name]) for name in plain)
 
 
-def gated(blocks):
+def intercepted(blocks):
     middle = list(blocks)[1:-1]
-    gate.attach(middle, "test")
+    interceptor.attach(middle, "test")
     for number, block in enumerate(middle):
         choose = Choose(ltd(), 0, seed=number)
-        gate.put(block, "test", gate.OnTokens(choose, Side(block, choose)))
+        interceptor.put(block, "test", interceptor.Select(choose, Side(block, choose)))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -112,7 +112,7 @@ def test_no_output_of_a_causal_model_looks_into_the_future(kind, attention):
     pytest.importorskip("transformers")
     model = hugging_face(kind)
     model.set_attn_implementation(attention)
-    gated(model.transformer.h if kind == "gpt2" else model.model.layers)
+    intercepted(model.transformer.h if kind == "gpt2" else model.model.layers)
     ids = torch.randint(0, 32, (2, LENGTH))
     ahead = torch.cat([ids[:, :5], (ids[:, 5:] + 1) % 32], dim=1)
     torch.testing.assert_close(model(ids).logits[:, :5], model(ahead).logits[:, :5], rtol=0, atol=1e-6)
@@ -125,7 +125,7 @@ def test_padding_is_as_if_it_were_not_there(kind):
     pytest.importorskip("transformers")
     model = hugging_face(kind).eval()
     blocks = {"gpt2": "transformer.h", "llama": "model.layers", "bert": "bert.encoder.layer"}[kind]
-    gated(model.get_submodule(blocks))
+    intercepted(model.get_submodule(blocks))
     ids = torch.randint(0, 32, (2, LENGTH))
     mask = torch.ones_like(ids)
     mask[:, 6:] = 0

@@ -7,7 +7,7 @@ import warnings
 import eke
 import pytest
 import torch
-from eke.seams import gate
+from eke.seams import interceptor
 from eke.seams.blocks import find_blocks
 from eke.testing import (
     LAYERS,
@@ -270,7 +270,7 @@ def test_depth_doubles_at_each_stage_and_validation_has_the_depth_of_training(fo
             self.val[trainer.global_step] = calls(model)
 
     def calls(model):
-        return sum(not gate.transforms(block) for block in model.blocks)
+        return sum(not interceptor.actions(block) for block in model.blocks)
 
     depth = Depth()
     fit(TinyBlocks(), Stacking([3, 6], form=form), validate=True, callbacks=[depth])
@@ -375,7 +375,7 @@ def test_evaluating_a_model_that_was_never_stacked_leaves_it_whole():
     trainer = make_trainer(Stacking([4]), validate=True)
     trainer.validate(model, verbose=False)
     assert len(model.blocks) == LAYERS
-    assert not any(isinstance(block, gate.GatedBlock) for block in model.blocks)
+    assert not any(isinstance(block, interceptor.InterceptedBlock) for block in model.blocks)
 
 
 # Processes

@@ -3,7 +3,7 @@
 import eke
 import pytest
 import torch
-from eke.seams import gate
+from eke.seams import interceptor
 from eke.seams.patches import find_patches
 from eke.testing import TinyBlocks, TinyViT, fit, hugging_face
 from eke.testing.data import CLASSES, Images
@@ -83,8 +83,8 @@ def test_all_patches_in_another_order_give_the_same_output():
     model, images = TinyViT(), torch.randn(3, 3, 8, 8)
     plain = model(images)
 
-    gate.attach([model.blocks[0]], "test")
-    gate.put(model.blocks[0], "test", LeaveOut(1.0, 3, None, {"patches": 16}))
+    interceptor.attach([model.blocks[0]], "test")
+    interceptor.put(model.blocks[0], "test", LeaveOut(1.0, 3, None, {"patches": 16}))
     torch.testing.assert_close(model(images), plain)
 
 

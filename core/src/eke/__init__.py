@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from eke.registry import available, create, get, trainer_kwargs
-from eke.spec import ConflictError, EkeError, NoEffectWarning, Relief, Technique, hookimpl
+from eke.spec import ConflictError, EkeError, NoEffectWarning, Offer, Technique, hookimpl
 
 if TYPE_CHECKING:
     from eke.seams.losses import reduce_loss
@@ -22,7 +22,7 @@ __all__ = [
     "ConflictError",
     "EkeError",
     "NoEffectWarning",
-    "Relief",
+    "Offer",
     "Technique",
     "TechniqueCallback",
     "TechniqueStrategy",

@@ -12,7 +12,7 @@ from typing import Any
 
 from eke import registry
 from eke.forecast import Forecast, ForecastError, forecast
-from eke.spec import COSTS, EkeError, Relief
+from eke.spec import COSTS, EkeError, Offer
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,11 @@ def changes(setup: Setup, samples: int) -> Iterator[tuple[str, str, Setup]]:
     if setup.options.get("precision", "32-true") in ("32-true", "32", 32):
         found.append(("precision=bf16-mixed", "rounding", _with_option(setup, "precision", "bf16-mixed")))
     for name in registry.available():
-        for relief in _stronger(_reliefs(name), setup.recipe.get(name)):
-            if setup.ranks >= relief.ranks:
-                changed = {**setup.recipe, name: {**setup.recipe.get(name, {}), **relief.arguments}}
+        for offer in _stronger(_offers(name), setup.recipe.get(name)):
+            if setup.ranks >= offer.ranks:
+                changed = {**setup.recipe, name: {**setup.recipe.get(name, {}), **offer.arguments}}
                 if changed != dict(setup.recipe):
-                    found.append((_words(name, relief.arguments), relief.cost, replace(setup, recipe=changed)))
+                    found.append((_words(name, offer.arguments), offer.cost, replace(setup, recipe=changed)))
     size = setup.batch_size or samples
     while size > 1:
         size //= 2
@@ -180,17 +180,17 @@ def _with_option(setup: Setup, name: str, value: Any) -> Setup:
     return replace(setup, options={**setup.options, name: value})
 
 
-def _reliefs(name: str) -> tuple[Relief, ...]:
+def _offers(name: str) -> tuple[Offer, ...]:
     try:
-        return registry.get(name).reliefs
+        return registry.get(name).offers
     except EkeError:  # broken; it hurts only who asks for it
         return ()
 
 
-def _stronger(reliefs: tuple[Relief, ...], given: Mapping[str, Any] | None) -> tuple[Relief, ...]:
+def _stronger(offers: tuple[Offer, ...], given: Mapping[str, Any] | None) -> tuple[Offer, ...]:
     """Those that go beyond what the run has already: a record names weaker ones first."""
-    had = [i for i, one in enumerate(reliefs) if given is not None and one.arguments.items() <= given.items()]
-    return reliefs[had[-1] + 1 :] if had else reliefs
+    had = [i for i, one in enumerate(offers) if given is not None and one.arguments.items() <= given.items()]
+    return offers[had[-1] + 1 :] if had else offers
 
 
 def _words(name: str, arguments: Mapping[str, Any]) -> str:

@@ -63,7 +63,7 @@ class NoEffectWarning(UserWarning):
 
 
 @dataclass(frozen=True)
-class Relief:
+class Offer:
     """A way in which a technique makes a step need less memory.
 
     Args:
@@ -100,7 +100,7 @@ class Technique:
         after: Names of techniques that must act earlier. For what effects cannot say.
         exactness: One of :data:`EXACTNESS`.
         exceptions: Name of a contract test to the sentence why it cannot hold for this method.
-        reliefs: How it saves memory, weaker ways first, for a forecast that looks for a way to fit.
+        offers: How it saves memory, weaker ways first, for a forecast that looks for a way to fit.
 
     Raises:
         ValueError: a word outside these vocabularies.
@@ -117,7 +117,7 @@ class Technique:
     after: tuple[str, ...] = ()
     exactness: str = "exact"
     exceptions: Mapping[str, str] = field(default_factory=dict)
-    reliefs: tuple[Relief, ...] = ()
+    offers: tuple[Offer, ...] = ()
 
     def __post_init__(self) -> None:
         words = self.name.split("_")
@@ -125,7 +125,7 @@ class Technique:
             raise ValueError(
                 f"technique name {self.name!r}: use lower-case words joined by underscores, as token_drop."
             )
-        for several in ("effects", "needs", "after", "reliefs"):
+        for several in ("effects", "needs", "after", "offers"):
             given = getattr(self, several)
             if isinstance(given, str):
                 raise ValueError(f"{several}={given!r} is one string: it needs a tuple, such as ({given!r},).")

@@ -21,9 +21,9 @@ from torch.optim import Optimizer
 
 from eke import compat, compose
 from eke.seams import state as checkpoints
-from eke.seams.clock import Clock
 from eke.seams.data import Position
 from eke.seams.optimizer import map_optimizers
+from eke.seams.progress import Progress
 from eke.seams.swap import Swap
 from eke.seams.wrap import Wrapper
 from eke.spec import ConflictError, Technique
@@ -38,7 +38,7 @@ class TechniqueCallback(Callback):
 
     Class attributes:
         technique: The record.
-        counts: ``"samples"`` and ``"tokens"``, if the technique reads them from the clock: counting costs.
+        counts: ``"samples"`` and ``"tokens"``, if the technique reads them from its progress: counting costs.
         version: Of what ``state_dict`` returns. A later version has to read earlier ones.
     """
 
@@ -57,7 +57,7 @@ class TechniqueCallback(Callback):
         optimizers exist. Runs for ``fit``, ``validate``, ``test`` and ``predict``, each time: be idempotent."""
 
     def restore_model(self, pl_module: LightningModule) -> None:
-        """Undo what should not outlive the run: gates and wrappers. Called at the end and after an exception."""
+        """Undo what should not outlive the run: interceptors and wrappers. Called at the end and after an exception."""
 
     def alter_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """Replace or wrap one optimizer that ``configure_optimizers`` built. Schedulers follow by themselves."""
@@ -113,9 +113,9 @@ class TechniqueCallback(Callback):
         return ""
 
     @property
-    def clock(self) -> Clock:
+    def progress(self) -> Progress:
         """Steps, batches, samples and tokens done so far."""
-        return self._coordinator.clock if self._coordinator is not None else Clock()
+        return self._coordinator.progress if self._coordinator is not None else Progress()
 
     @property
     def generator(self) -> torch.Generator:
@@ -170,7 +170,7 @@ class Coordinator(Callback):
 
     def __init__(self) -> None:
         self.techniques: list[TechniqueCallback] = []
-        self.clock = Clock()
+        self.progress = Progress()
         self.position = Position()
         self.opening = False
         self._open = False
@@ -247,7 +247,9 @@ class Coordinator(Callback):
     def _wrap(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._open = True
         self.position = Position()
-        self.clock.connect(trainer if stage == "fit" else None, frozenset(w for t in self.techniques for w in t.counts))
+        self.progress.connect(
+            trainer if stage == "fit" else None, frozenset(w for t in self.techniques for w in t.counts)
+        )
         self._guests = {
             hook: [getattr(one, hook) for one in self.techniques if _overrides(one, hook)] for hook in _HOOKS
         }
@@ -322,7 +324,7 @@ class Coordinator(Callback):
                 wrapper.remove()
             self._wrappers = []
             self.position.detach()
-            self.clock.connect(None)
+            self.progress.connect(None)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.close(pl_module)
@@ -349,7 +351,7 @@ class Coordinator(Callback):
     def _write(self, checkpoint: dict[str, Any], trainer: Trainer | None = None) -> None:
         if checkpoints.KEY in checkpoint:
             return
-        trainer = trainer or self.clock.trainer
+        trainer = trainer or self.progress.trainer
         entries = {}
         for technique in self.techniques:
             name = type(technique).technique.name
@@ -361,7 +363,11 @@ class Coordinator(Callback):
             }
             checkpoints.check_plain(entry, f"state of {name}")
             entries[name] = entry
-        own: dict[str, Any] = {"version": checkpoints.VERSION, "clock": self.clock.state_dict(), "techniques": entries}
+        own: dict[str, Any] = {
+            "version": checkpoints.VERSION,
+            "progress": self.progress.state_dict(),
+            "techniques": entries,
+        }
         if trainer is not None and "optimizer_states" in checkpoint:
             here = {**self.position.state_dict(trainer), "gradients": checkpoints.held_gradients(trainer)}
             own["ranks"] = checkpoints.gather(trainer, here)
@@ -373,7 +379,7 @@ class Coordinator(Callback):
     def _load(self, call_next: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         own = checkpoint.get(checkpoints.KEY)
         if own is not None:
-            trainer = self.clock.trainer
+            trainer = self.progress.trainer
             fitting = trainer is not None
             self._refuse_missing(own["techniques"], fitting)
             for technique in self.techniques:
@@ -403,7 +409,7 @@ class Coordinator(Callback):
             guest(trainer, pl_module, checkpoint)
 
     def _restore(self, own: dict[str, Any]) -> None:
-        self.clock.load_state_dict(own["clock"])
+        self.progress.load_state_dict(own["progress"])
         for technique in self.techniques:
             entry = own["techniques"].get(type(technique).technique.name)
             if entry is None:
@@ -487,14 +493,14 @@ class Coordinator(Callback):
             technique.begin_samples(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.clock.before_batch(trainer, batch_idx)
+        self.progress.before_batch(trainer, batch_idx)
         for guest in self._guests["on_train_batch_start"]:
             guest(trainer, pl_module, batch, batch_idx)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.clock.after_batch(trainer, batch)
+        self.progress.after_batch(trainer, batch)
         for guest in self._guests["on_train_batch_end"]:
             guest(trainer, pl_module, outputs, batch, batch_idx)
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from eke import Technique, TechniqueCallback
-from eke.seams.losses import LossError, hearing
+from eke.seams.losses import LossError, capture
 from eke.seams.samples import Samples, all_ranks, joined
 from eke.seams.scores import Scores, check_data, fingerprint
 from lightning.pytorch import LightningModule, Trainer
@@ -58,7 +58,7 @@ class Score(TechniqueCallback):
         self._trainer: Trainer | None = None
         self._samples = Samples()
         self._data = ""
-        self._heard: list[tuple[Tensor, Tensor]] = []  # of this process, in the running epoch
+        self._captured: list[tuple[Tensor, Tensor]] = []  # of this process, in the running epoch
         self._last = torch.zeros(0)  # of each sample: what the last finished epoch gave
         self._forgot = torch.zeros(0)
         self._learned = torch.zeros(0)
@@ -88,14 +88,14 @@ class Score(TechniqueCallback):
 
     def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
         numbers = self._samples.batch()
-        with hearing(len(numbers), lambda losses: None, batch) as heard:
+        with capture(len(numbers), lambda losses: None, batch) as captured:
             output = call_next(batch, *args)
-        self._heard.append((numbers, self._value(heard)))
+        self._captured.append((numbers, self._value(captured)))
         return output
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        numbers, values = all_ranks(trainer, *joined(self._heard))
-        self._heard = []
+        numbers, values = all_ranks(trainer, *joined(self._captured))
+        self._captured = []
         values = values.double()
         if self.kind == "forgetting":
             right = values > 0
@@ -113,24 +113,24 @@ class Score(TechniqueCallback):
             (Scores.load(file).merged(scores) if file.exists() else scores).save(file)
 
     def state_dict(self) -> dict[str, Any]:
-        numbers, values = joined(self._heard)
+        numbers, values = joined(self._captured)
         own = {"last": self._last, "forgot": self._forgot, "learned": self._learned, "data": self._data}
         return {**own, "samples": self._samples.state_dict(), "numbers": numbers, "values": values}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._last, self._forgot, self._learned = state["last"], state["forgot"], state["learned"]
         self._samples.load_state_dict(state["samples"])
-        self._heard = [(state["numbers"], state["values"])]
+        self._captured = [(state["numbers"], state["values"])]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_trainer": None}
 
-    def _value(self, heard: Any) -> Tensor:
-        losses = heard.check()
+    def _value(self, captured: Any) -> Tensor:
+        losses = captured.check()
         if self.kind == "loss":
             return losses
-        logits, target = heard.logits, heard.target
-        if logits is None or logits.ndim != 2 or len(logits) != heard.samples or target.ndim != 1:
+        logits, target = captured.logits, captured.target
+        if logits is None or logits.ndim != 2 or len(logits) != captured.samples or target.ndim != 1:
             raise LossError(
                 f"Score(kind={self.kind!r}) compares logits with classes, and training_step has no plain cross_entropy "
                 "of (batch, classes) outside of compiled code. Use kind='loss'."

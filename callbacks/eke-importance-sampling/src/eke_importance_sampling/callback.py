@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from eke import Technique, TechniqueCallback
 from eke.seams.batch import rows, size
-from eke.seams.losses import Hearing, hearing
-from eke.seams.presample import error_norms, overheard
+from eke.seams.losses import Capture, capture
+from eke.seams.scoring import error_norms, scoring_pass
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
@@ -76,7 +76,7 @@ class ImportanceSampling(TechniqueCallback):
             forward ones: ``1 + 1 / (3 * keep)``. 0 draws always.
         smoothing: Of the gain over steps; 0 goes by the last step alone.
         by: ``"gradient"``: the length of the loss's gradient by the logits, for a plain ``cross_entropy``. ``"loss"``:
-            the loss itself, for any loss heard from ``eke.reduce_loss``; no bound of the gradient.
+            the loss itself, for any loss captured from ``eke.reduce_loss``; no bound of the gradient.
 
     Raises:
         ValueError: numbers outside their range; losses that are not finite, or cannot be followed back to the samples.
@@ -120,20 +120,20 @@ class ImportanceSampling(TechniqueCallback):
         self._kind = "looks" if self._gain >= self.threshold else "plain"
         if self._kind == "plain":
             first = rows(batch, torch.arange(count))
-            with hearing(count, lambda losses: None, first) as heard:
+            with capture(count, lambda losses: None, first) as captured:
                 output = call_next(first, *args)
-            self._observe(self._scores(heard))
+            self._observe(self._scores(captured))
             return output
-        looked = overheard(self._module, call_next, batch, *args)
+        looked = scoring_pass(self._module, call_next, batch, *args)
         scores = self._scores(looked)
         chosen, weights = draw(scores, count, self.generator)
         # A loss over tokens divides by those of the batch at hand; the mean is over those of the presample.
         tokens = looked.valid.flatten(1).sum(1).cpu() if looked.valid.ndim > 1 else looked.valid.cpu()
         weights = weights * float(tokens[chosen].sum() / (count * tokens.mean()).clamp(min=1e-9))
         drawn = rows(batch, chosen)
-        with hearing(count, lambda losses: weights, drawn) as heard:
+        with capture(count, lambda losses: weights, drawn) as captured:
             output = call_next(drawn, *args)
-        heard.check()
+        captured.check()
         self._observe(scores)
         return output
 
@@ -149,9 +149,9 @@ class ImportanceSampling(TechniqueCallback):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_trainer": None, "_module": None}
 
-    def _scores(self, heard: Hearing) -> Tensor:
-        losses = heard.check()
-        return error_norms(heard) if self.by == "gradient" else losses.clamp(min=0)
+    def _scores(self, captured: Capture) -> Tensor:
+        losses = captured.check()
+        return error_norms(captured) if self.by == "gradient" else losses.clamp(min=0)
 
     def _observe(self, scores: Tensor) -> None:
         found = gain(scores)

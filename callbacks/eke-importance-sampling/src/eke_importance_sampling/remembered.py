@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 
 import torch
 from eke import Technique, TechniqueCallback
-from eke.seams.losses import hearing
-from eke.seams.presample import error_norms
+from eke.seams.losses import capture
 from eke.seams.samples import Samples, all_ranks, joined
+from eke.seams.scoring import error_norms
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
@@ -88,7 +88,7 @@ class RAIS(TechniqueCallback):
         self._trainer: Trainer | None = None
         self._samples = Samples()
         self._norms = self._age = self._weights = torch.zeros(0)
-        self._heard: list[tuple[Tensor, Tensor]] = []  # of this process, since the epoch began
+        self._captured: list[tuple[Tensor, Tensor]] = []  # of this process, since the epoch began
         self.gain = 1.0
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -117,16 +117,16 @@ class RAIS(TechniqueCallback):
     def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
         numbers = self._samples.batch()
         weights = None if self._samples.order is None else self._weights[numbers].float()
-        with hearing(len(numbers), lambda losses: weights, batch) as heard:
+        with capture(len(numbers), lambda losses: weights, batch) as captured:
             output = call_next(batch, *args)
-        heard.check()
-        self._heard.append((numbers, error_norms(heard)))
+        captured.check()
+        self._captured.append((numbers, error_norms(captured)))
         return output
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Here, and not where the next epoch begins: a checkpoint of the epoch's end has to hold the next one's samples.
-        numbers, norms = all_ranks(trainer, *joined(self._heard))
-        self._heard = []
+        numbers, norms = all_ranks(trainer, *joined(self._captured))
+        self._captured = []
         self._age += 1
         known = trainer.current_epoch > 0
         squares = fit_squares(self._norms[numbers], self._age[numbers], norms) if known else torch.tensor([0.0, 1, 0])
@@ -142,15 +142,15 @@ class RAIS(TechniqueCallback):
         self._weights = 1 / (self._samples.count * shares)
 
     def state_dict(self) -> dict[str, Any]:
-        numbers, norms = joined(self._heard)
+        numbers, norms = joined(self._captured)
         own = {"norms": self._norms, "age": self._age, "weights": self._weights, "gain": self.gain}
-        return {**own, "samples": self._samples.state_dict(), "numbers": numbers, "heard": norms}
+        return {**own, "samples": self._samples.state_dict(), "numbers": numbers, "captured": norms}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._norms, self._age, self._weights = state["norms"], state["age"], state["weights"]
         self.gain = state["gain"]
         self._samples.load_state_dict(state["samples"])
-        self._heard = [(state["numbers"], state["heard"])]
+        self._captured = [(state["numbers"], state["captured"])]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_trainer": None}

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from eke import Technique, TechniqueCallback
-from eke.seams.losses import hearing
+from eke.seams.losses import capture
 from eke.seams.samples import Samples, all_ranks, joined, keep_pace
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -51,7 +51,7 @@ def plan_epoch(scores: Tensor, seen: Tensor, ratio: float, generator: torch.Gene
 class InfoBatch(TechniqueCallback):
     """Train on fewer samples an epoch; the expected gradient stays that of all of them.
 
-    Losses of single samples are heard from ``eke.reduce_loss(losses)`` in ``training_step``, or from its one plain
+    Losses of single samples are captured from ``eke.reduce_loss(losses)`` in ``training_step``, or from its one plain
     ``cross_entropy``.
 
     Example::
@@ -87,7 +87,7 @@ class InfoBatch(TechniqueCallback):
         self._trainer: Trainer | None = None
         self._samples = Samples()
         self._scores = self._seen = self._weights = torch.zeros(0)
-        self._heard: list[tuple[Tensor, Tensor]] = []  # of this process, since the epoch began
+        self._captured: list[tuple[Tensor, Tensor]] = []  # of this process, since the epoch began
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":
@@ -122,9 +122,9 @@ class InfoBatch(TechniqueCallback):
             return call_next(batch, *args)
         numbers = self._samples.batch()
         weights = self._weights[numbers].float()
-        with hearing(len(numbers), lambda losses: None if bool((weights == 1).all()) else weights, batch) as heard:
+        with capture(len(numbers), lambda losses: None if bool((weights == 1).all()) else weights, batch) as captured:
             output = call_next(batch, *args)
-        self._heard.append((numbers, heard.check()))
+        self._captured.append((numbers, captured.check()))
         return output
 
     def on_train_batch_end(
@@ -136,20 +136,20 @@ class InfoBatch(TechniqueCallback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Here, and not where the next epoch begins: a checkpoint of the epoch's end has to hold the next one's samples.
         if self.ratio:
-            numbers, losses = all_ranks(trainer, *joined(self._heard))
+            numbers, losses = all_ranks(trainer, *joined(self._captured))
             self._scores[numbers], self._seen[numbers] = losses.double(), True
-            self._heard = []
+            self._captured = []
             self._plan(trainer.current_epoch + 1)
 
     def state_dict(self) -> dict[str, Any]:
-        numbers, losses = joined(self._heard)
+        numbers, losses = joined(self._captured)
         own = {"scores": self._scores, "seen": self._seen, "weights": self._weights}
         return {**own, "samples": self._samples.state_dict(), "numbers": numbers, "losses": losses}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._scores, self._seen, self._weights = state["scores"], state["seen"], state["weights"]
         self._samples.load_state_dict(state["samples"])
-        self._heard = [(state["numbers"], state["losses"])]
+        self._captured = [(state["numbers"], state["losses"])]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_trainer": None}
@@ -157,7 +157,7 @@ class InfoBatch(TechniqueCallback):
     def _plan(self, epoch: int) -> None:
         trainer = self._trainer
         by_steps = trainer.max_steps > 0
-        progress = self.clock.steps / trainer.max_steps if by_steps else epoch / trainer.max_epochs
+        progress = self.progress.steps / trainer.max_steps if by_steps else epoch / trainer.max_epochs
         prunes = self.start <= epoch and progress < 1 - self.anneal
         kept, self._weights = plan_epoch(self._scores, self._seen & prunes, self.ratio, self.generator)
         self._samples.kept = torch.zeros(self._samples.count, dtype=torch.bool)

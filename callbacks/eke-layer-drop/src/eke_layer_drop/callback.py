@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from eke import Technique, TechniqueCallback, compat
-from eke.seams import gate
+from eke.seams import interceptor
 from eke.seams.blocks import Blocks, find_blocks
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
@@ -90,7 +90,7 @@ class LayerDrop(TechniqueCallback):
             )
         self.keep, self.schedule, self.gamma, self.rescale, self.blocks = keep, schedule, gamma, rescale, blocks
         self._found: Blocks | None = None
-        self._gated: list[Any] = []
+        self._held: list[Any] = []
         self._falls = 0.0
         self._runs = 0
         self._cut = False
@@ -110,8 +110,8 @@ class LayerDrop(TechniqueCallback):
         self._found = find_blocks(pl_module, self.blocks)
 
     def restore_model(self, pl_module: LightningModule) -> None:
-        gate.detach(self._gated, RECORD.name)
-        self._gated = []
+        interceptor.detach(self._held, RECORD.name)
+        self._held = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.schedule == "progressive":
@@ -133,42 +133,42 @@ class LayerDrop(TechniqueCallback):
         runs = torch.rand(len(blocks), dtype=torch.float64, generator=self.generator) < chances
         self._runs = int(runs.sum())
         for block, run, chance in zip(blocks, runs.tolist(), chances.tolist(), strict=True):
-            gate.put(block, RECORD.name, *self._transforms(run, chance))
+            interceptor.put(block, RECORD.name, *self._actions(run, chance))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        for block in self._gated if self._cut else ():  # validation, and whoever looks in between, sees the model whole
-            gate.put(block, RECORD.name)
+        for block in self._held if self._cut else ():  # validation, and whoever looks in between, sees the model whole
+            interceptor.put(block, RECORD.name)
 
     def step_kind(self) -> str:
-        return f"{self._runs} of {len(self._gated)} blocks" if self._cut else "all blocks"
+        return f"{self._runs} of {len(self._held)} blocks" if self._cut else "all blocks"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_found": None, "_gated": []}  # a copy meets its model anew
+        return {**super().__getstate__(), "_found": None, "_held": []}  # a copy meets its model anew
 
     def _last(self) -> float:
-        return self.keep if self.schedule == "constant" else theta(self.clock.steps, self.keep, self._falls)
+        return self.keep if self.schedule == "constant" else theta(self.progress.steps, self.keep, self._falls)
 
     def _current(self) -> list[Any]:
         """The blocks of the moment: another technique may have added some."""
         now = list(self._found.container)
-        if len(now) != len(self._gated) or any(new is not old for new, old in zip(now, self._gated, strict=True)):
-            gate.detach([old for old in self._gated if not any(old is new for new in now)], RECORD.name)
-            gate.attach(now, RECORD.name)
-            self._gated = now
+        if len(now) != len(self._held) or any(new is not old for new, old in zip(now, self._held, strict=True)):
+            interceptor.detach([old for old in self._held if not any(old is new for new in now)], RECORD.name)
+            interceptor.attach(now, RECORD.name)
+            self._held = now
         return now
 
-    def _transforms(self, runs: bool, chance: float) -> tuple[gate.Transform, ...]:
+    def _actions(self, runs: bool, chance: float) -> tuple[interceptor.Action, ...]:
         if not runs:
             return (Skip(),)
         return (Rescale(chance),) if self.rescale and chance < 1 else ()
 
 
-class Skip(gate.Skip):
-    """The closed gate, for a list none of whose blocks has run yet as well."""
+class Skip(interceptor.Skip):
+    """The block is skipped, in a list none of whose blocks has run yet as well."""
 
-    def __call__(self, call_next: Any, hidden: Tensor, args: Any, kwargs: Any, form: gate.Form) -> Any:
+    def __call__(self, call_next: Any, hidden: Tensor, args: Any, kwargs: Any, form: interceptor.Form) -> Any:
         if form.length is None:  # the first batch of a run, or the first after a resume
             with torch.no_grad(), torch.random.fork_rng(_devices(hidden)):
                 call_next(hidden, args, kwargs)
@@ -178,12 +178,12 @@ class Skip(gate.Skip):
 class Rescale:
     """What the block adds to its input, over the probability that it runs: ``x + (block(x) - x) / chance``."""
 
-    rank = 0
+    priority = 0
 
     def __init__(self, chance: float) -> None:
         self.chance = chance
 
-    def __call__(self, call_next: Any, hidden: Tensor, args: Any, kwargs: Any, form: gate.Form) -> Any:
+    def __call__(self, call_next: Any, hidden: Tensor, args: Any, kwargs: Any, form: interceptor.Form) -> Any:
         output = call_next(hidden, args, kwargs)
         whole = output[0] if isinstance(output, tuple) else output
         x = hidden.float()  # in bfloat16 the difference would lose a third of its digits

@@ -118,11 +118,11 @@ class LengthWarmup(TechniqueCallback):
             self._steps = self.duration * total
 
     def alter_batch(self, batch: Any) -> Any:
-        if self.clock.steps >= self._steps:
+        if self.progress.steps >= self._steps:
             self._length = 0
             return batch
         full = sequence_length(batch)
-        self._length = length_at(self.clock.steps, self._steps, self.start, full, self.multiple)
+        self._length = length_at(self.progress.steps, self._steps, self.start, full, self.multiple)
         if self._length == full:
             return batch
         return (shorten if self.mode == "truncate" else split)(batch, self._length)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from eke import Technique, TechniqueCallback, compat
-from eke.seams import gate
+from eke.seams import interceptor
 from eke.seams.blocks import Blocks, find_blocks
 from eke.seams.patches import PatchEmbedding, PatchesError, find_images, find_patches, relative_positions
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -170,7 +170,7 @@ class MAE(TechniqueCallback):
         )
 
     def around_step(self, call_next: Any, batch: Any, *args: Any) -> Tensor:
-        if self.clock.steps >= self._steps:
+        if self.progress.steps >= self._steps:
             self._kind = ""
             return call_next(batch, *args)
         seed = int(torch.randint(2**40, (), generator=self.generator)) * 4096 + self._rank
@@ -181,7 +181,7 @@ class MAE(TechniqueCallback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        if trainer.state.fn != "fit" or self.clock.steps >= self._steps:
+        if trainer.state.fn != "fit" or self.progress.steps >= self._steps:
             return
         images = find_images(batch, self._sight.embedding.module.in_channels)
         loss = self.masked_loss(images, seed=batch_idx)  # the same masks each time
@@ -269,7 +269,7 @@ class Sight:
     def __init__(self, encoder: nn.Module, embedding: PatchEmbedding, blocks: Blocks, path: str) -> None:
         self.encoder, self.embedding, self.blocks, self.path = encoder, embedding, blocks, path
         self.seen: dict[str, Any] = {}  # what the hooks note of one call
-        self.gated: list[nn.Module] = []
+        self._held: list[nn.Module] = []
         inside = {id(part) for block in blocks for part in block.modules()}
         norms = [part for part in encoder.modules() if "norm" in type(part).__name__.lower() and id(part) not in inside]
         self.hooks = [norm.register_forward_hook(partial(_note_norm, self.seen)) for norm in norms]
@@ -281,10 +281,10 @@ class Sight:
         first, last = self._ends()
         note = Note(self.seen)
         if first is last:
-            gate.put(first, RECORD.name, *([hide] if isinstance(hide, Keep) else []), note)
+            interceptor.put(first, RECORD.name, *([hide] if isinstance(hide, Keep) else []), note)
         else:
-            gate.put(first, RECORD.name, *([hide] if isinstance(hide, Keep) else []))
-            gate.put(last, RECORD.name, note)
+            interceptor.put(first, RECORD.name, *([hide] if isinstance(hide, Keep) else []))
+            interceptor.put(last, RECORD.name, note)
         try:
             self.encoder(images)
         except torch.OutOfMemoryError:
@@ -299,7 +299,7 @@ class Sight:
             seen = dict(self.seen)
             self.seen.clear()  # a model that is copied between steps has no graph to copy
             for block in (first, last):
-                gate.put(block, RECORD.name)
+                interceptor.put(block, RECORD.name)
         if seen["blocks"] is None:
             raise MisconfigurationException(
                 f"Calling {self.path or 'the module'!r} with images ran none of its blocks. Name the encoder, as "
@@ -311,14 +311,14 @@ class Sight:
         """First and last block of the moment: another technique may have added some."""
         blocks = list(self.blocks.container)
         now = [blocks[0], blocks[-1]]
-        if not self.gated or any(new is not old for new, old in zip(now, self.gated, strict=True)):
-            gate.detach([old for old in self.gated if not any(old is new for new in now)], RECORD.name)
-            gate.attach(now, RECORD.name)
-            self.gated = now
+        if not self._held or any(new is not old for new, old in zip(now, self._held, strict=True)):
+            interceptor.detach([old for old in self._held if not any(old is new for new in now)], RECORD.name)
+            interceptor.attach(now, RECORD.name)
+            self._held = now
         return blocks[0], blocks[-1]
 
     def close(self) -> None:
-        gate.detach(self.gated, RECORD.name)
+        interceptor.detach(self._held, RECORD.name)
         for hook in self.hooks:
             hook.remove()
 
@@ -331,12 +331,12 @@ class Keep:
         patches: Of a whole image.
     """
 
-    rank = -1  # outside a gate that skips the block
+    priority = -1  # outside an action that skips the block
 
     def __init__(self, seen: Tensor, patches: int) -> None:
         self.seen, self.patches = seen, patches
 
-    def __call__(self, call_next: Any, hidden: Tensor, args: Any, kwargs: Any, form: gate.Form) -> Any:
+    def __call__(self, call_next: Any, hidden: Tensor, args: Any, kwargs: Any, form: interceptor.Form) -> Any:
         own = hidden.shape[1] - self.patches if hidden.ndim == 3 else -1
         if own < 0:
             raise RuntimeError(f"the blocks get hidden states {tuple(hidden.shape)}, of {self.patches} patches")
@@ -345,18 +345,18 @@ class Keep:
                 if isinstance(part, Tensor) and {hidden.shape[1], self.patches} & set(part.shape):
                     raise RuntimeError(f"the blocks get an input {tuple(part.shape)} beside them, one entry a token")
         front = torch.arange(own, device=hidden.device).expand(len(hidden), -1)
-        return call_next(gate.gather_tokens(hidden, torch.cat([front, self.seen + own], dim=1)), args, kwargs)
+        return call_next(interceptor.gather_tokens(hidden, torch.cat([front, self.seen + own], dim=1)), args, kwargs)
 
 
 class Note:
     """At the exit of the last block: notes what it gives, or what passes it by."""
 
-    rank = -1
+    priority = -1
 
     def __init__(self, seen: dict[str, Any]) -> None:
         self.seen = seen
 
-    def __call__(self, call_next: Any, hidden: Tensor, args: Any, kwargs: Any, form: gate.Form) -> Any:
+    def __call__(self, call_next: Any, hidden: Tensor, args: Any, kwargs: Any, form: interceptor.Form) -> Any:
         output = call_next(hidden, args, kwargs)
         self.seen["blocks"] = output[0] if isinstance(output, tuple) else output
         return output

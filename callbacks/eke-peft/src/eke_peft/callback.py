@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from eke import Technique, TechniqueCallback
-from eke.seams import gate
+from eke.seams import interceptor
 from eke.seams.blocks import find_blocks
 from eke.seams.state import KEY
 from lightning.pytorch import LightningModule, Trainer
@@ -142,7 +142,7 @@ class PEFT(TechniqueCallback):
         self.adapter = adapter
         self._config()  # a wrong setting should fail now
         self._base = ""  # hash of the base
-        self._gated: list[nn.Module] = []
+        self._held: list[nn.Module] = []
         self._module: LightningModule | None = None
         self._ranks: Ranks | None = None
         self._merged = False
@@ -171,9 +171,7 @@ class PEFT(TechniqueCallback):
             self._ranks = Ranks(host_of(pl_module, self.host)[1], copy.deepcopy(config), self.adapter)
         if self.method == "vpt":
             blocks = find_blocks(host_of(pl_module, self.host)[1], self.blocks)
-            self._gated = put_prompts(
-                pl_module, getattr(pl_module, PROMPTS), blocks, self._own()["prefix"], RECORD.name
-            )
+            self._held = put_prompts(pl_module, getattr(pl_module, PROMPTS), blocks, self._own()["prefix"], RECORD.name)
 
     def _missing(self, pl_module: LightningModule) -> bool:
         """Whether the model has yet to be given this adapter.
@@ -359,8 +357,8 @@ class PEFT(TechniqueCallback):
                 "blocks": self.blocks, "quantize": self.quantize, "adapter": self.adapter}  # fmt: skip
 
     def restore_model(self, pl_module: LightningModule) -> None:
-        gate.detach(self._gated, RECORD.name)
-        self._gated = []
+        interceptor.detach(self._held, RECORD.name)
+        self._held = []
 
     # ------------------------------------------------------------------ training
 
@@ -507,7 +505,7 @@ class PEFT(TechniqueCallback):
         checkpoint["state_dict"] = {**base, **saved}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_module": None, "_ranks": None, "_gated": []}
+        return {**super().__getstate__(), "_module": None, "_ranks": None, "_held": []}
 
 
 def trained_names(module: nn.Module) -> set[str]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from eke import EkeError
-from eke.seams import gate
+from eke.seams import interceptor
 from eke.seams.blocks import Blocks, BlocksError, find_attention, find_blocks
 from peft import (
     AdaLoraConfig,
@@ -239,7 +239,7 @@ def patch_size(host: nn.Module) -> int:
 def put_prompts(host: nn.Module, prompts: Prompts, blocks: Blocks, prefix: int, owner: str) -> list[nn.Module]:
     """Let blocks see the prompts, behind the first ``prefix`` tokens, and nobody after the last block."""
     modules, count = list(blocks), prompts.tokens.shape[1]
-    gate.attach(modules, owner)
+    interceptor.attach(modules, owner)
     for layer, block in enumerate(modules):
         before = after = None
         if layer == 0:
@@ -248,16 +248,16 @@ def put_prompts(host: nn.Module, prompts: Prompts, blocks: Blocks, prefix: int, 
             before = partial(_replace, prompts, layer, prefix)
         if layer == len(modules) - 1:
             after = partial(_remove, count, prefix)
-        gate.put(block, owner, *([gate.Edit(before, after)] if before or after else []))
+        interceptor.put(block, owner, *([interceptor.Edit(before, after)] if before or after else []))
     return modules
 
 
 def _insert(prompts: Prompts, prefix: int, hidden: Tensor) -> Tensor:
-    return gate.insert_tokens(hidden, prompts.of(0), prefix)
+    return interceptor.insert_tokens(hidden, prompts.of(0), prefix)
 
 
 def _replace(prompts: Prompts, layer: int, prefix: int, hidden: Tensor) -> Tensor:
-    return gate.replace_tokens(hidden, prompts.of(layer), prefix)
+    return interceptor.replace_tokens(hidden, prompts.of(layer), prefix)
 
 
 def _remove(count: int, prefix: int, hidden: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from eke import Technique, TechniqueCallback
-from eke.seams import gate
+from eke.seams import interceptor
 from eke.seams.blocks import Blocks, find_attention, find_blocks
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
@@ -114,7 +114,7 @@ class RandomLTD(TechniqueCallback):
             raise ValueError(f"multiple={multiple}: give 1 or more.")
         self.start, self.duration, self.multiple, self.blocks = start, duration, multiple, blocks
         self._found: Blocks | None = None
-        self._gated: list[Any] = []
+        self._held: list[Any] = []
         self._steps = 0.0
         self._rank = 0
         self._choices: list[Choose] = []
@@ -134,8 +134,8 @@ class RandomLTD(TechniqueCallback):
                 )
 
     def restore_model(self, pl_module: LightningModule) -> None:
-        gate.detach(self._gated, RECORD.name)
-        self._gated = []
+        interceptor.detach(self._held, RECORD.name)
+        self._held = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._rank, self._steps = trainer.global_rank, self.duration
@@ -149,36 +149,41 @@ class RandomLTD(TechniqueCallback):
             self._steps = self.duration * total
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.start == 1 or self.clock.steps >= self._steps:
+        if self.start == 1 or self.progress.steps >= self._steps:
             self._choices = []
             return
         seed = int(torch.randint(2**40, (), generator=self.generator))
         middle = self._middle()
         self._choices = [
-            Choose(self, self.clock.steps, seed * 4096 + 64 * number + self._rank) for number in range(len(middle))
+            Choose(self, self.progress.steps, seed * 4096 + 64 * number + self._rank) for number in range(len(middle))
         ]
         for block, choose in zip(middle, self._choices, strict=True):
-            gate.put(block, RECORD.name, gate.OnTokens(choose, Side(block, choose)))
+            interceptor.put(block, RECORD.name, interceptor.Select(choose, Side(block, choose)))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        for block in self._gated if self._choices else ():  # validation sees all tokens everywhere
-            gate.put(block, RECORD.name)
+        for block in self._held if self._choices else ():  # validation sees all tokens everywhere
+            interceptor.put(block, RECORD.name)
 
     def step_kind(self) -> str:
         return f"{self._choices[0].count or 'all'} tokens in the middle" if self._choices else "all tokens"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_found": None, "_gated": [], "_choices": []}  # a copy meets its model anew
+        return {
+            **super().__getstate__(),
+            "_found": None,
+            "_held": [],
+            "_choices": [],
+        }  # a copy meets its model anew
 
     def _middle(self) -> list[Any]:
         """The middle blocks of the moment: another technique may have added some."""
         now = list(self._found.container)[1:-1]
-        if len(now) != len(self._gated) or any(new is not old for new, old in zip(now, self._gated, strict=True)):
-            gate.detach([old for old in self._gated if not any(old is new for new in now)], RECORD.name)
-            gate.attach(now, RECORD.name)
-            self._gated = now
+        if len(now) != len(self._held) or any(new is not old for new, old in zip(now, self._held, strict=True)):
+            interceptor.detach([old for old in self._held if not any(old is new for new in now)], RECORD.name)
+            interceptor.attach(now, RECORD.name)
+            self._held = now
         return now
 
 

@@ -101,7 +101,7 @@ class Report(TechniqueCallback):
             self._waits.append(self._began - self._ended)
         if self._doing is RUN:  # until the end: nothing is switched any more
             return
-        if self.clock.at_boundary and self.clock.steps >= self.start and self._done():
+        if self.progress.at_boundary and self.progress.steps >= self.start and self._done():
             self._doing = self._script.pop() if self._script else RUN
         what, technique = self._doing
         self._switch(technique if what in ("off", "count off") else None, pl_module)
@@ -205,10 +205,10 @@ class Report(TechniqueCallback):
             "device": str(pl_module.device),
             "precision": str(trainer.precision),
             "processes": trainer.world_size,
-            "batches": self.clock.micro_steps,
+            "batches": self.progress.micro_steps,
             "step_s": step,
-            "samples_per_s": self._samples / self.clock.micro_steps * trainer.world_size / step
-            if step and self.clock.micro_steps
+            "samples_per_s": self._samples / self.progress.micro_steps * trainer.world_size / step
+            if step and self.progress.micro_steps
             else None,
             "waiting_for_data": fmean(self._waits) / (fmean(self._waits) + step) if self._waits and step else None,
             "flops_per_step": own.get("flops"),

@@ -154,7 +154,7 @@ class Resolution(TechniqueCallback):
 
     def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
         # Here, and not where batches are altered: whoever looks at the batch after the step finds it as it came.
-        scale = scale_at(self.clock.steps / self._total, self.start, self.hold, self.tail)
+        scale = scale_at(self.progress.steps / self._total, self.start, self.hold, self.tail)
         self._grid = None
         if scale == 1:
             return call_next(batch, *args)

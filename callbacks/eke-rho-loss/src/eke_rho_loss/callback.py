@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import torch
 from eke import Technique, TechniqueCallback
 from eke.seams.batch import rows
-from eke.seams.presample import overheard
 from eke.seams.samples import Samples
 from eke.seams.scores import Scores, check_data
+from eke.seams.scoring import scoring_pass
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
@@ -101,7 +101,7 @@ class RhoLoss(TechniqueCallback):
     def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
         if self.keep == 1:
             return call_next(batch, *args)
-        losses = overheard(self._module, call_next, batch, *args).losses
+        losses = scoring_pass(self._module, call_next, batch, *args).losses
         irreducible = torch.zeros(len(losses))
         if self.file != ZERO:
             irreducible = self._irreducible[self._samples.batch()]

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from eke import Technique, TechniqueCallback
 from eke.seams.batch import rows
-from eke.seams.presample import overheard
+from eke.seams.scoring import scoring_pass
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -45,7 +45,7 @@ def select(losses: Tensor, keep: float, generator: torch.Generator | None = None
 class SelectiveBackprop(TechniqueCallback):
     """Train on the samples of a batch whose loss is high, in a window of the run.
 
-    Losses of single samples are heard from ``eke.reduce_loss(losses)`` in ``training_step``, or from its one plain
+    Losses of single samples are captured from ``eke.reduce_loss(losses)`` in ``training_step``, or from its one plain
     ``cross_entropy``.
 
     Example::
@@ -101,7 +101,7 @@ class SelectiveBackprop(TechniqueCallback):
     @property
     def selecting(self) -> bool:
         """Whether the step at hand trains on a part of the batch."""
-        step = self.clock.steps
+        step = self.progress.steps
         inside = self.start * self._total <= step < self.end * self._total
         return self.keep < 1 and inside and not (self.interrupt and step % self.interrupt == 0)
 
@@ -109,8 +109,8 @@ class SelectiveBackprop(TechniqueCallback):
         self._kind = "selects" if self.selecting else "plain"
         if self._kind == "plain":
             return call_next(batch, *args)
-        heard = overheard(self._module, call_next, batch, *args)
-        return call_next(rows(batch, select(heard.losses, self.keep, self.generator)), *args)
+        captured = scoring_pass(self._module, call_next, batch, *args)
+        return call_next(rows(batch, select(captured.losses, self.keep, self.generator)), *args)
 
     def step_kind(self) -> str:
         return self._kind

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from eke import Technique, TechniqueCallback, compat
-from eke.seams import gate, growth
+from eke.seams import growth, interceptor
 from eke.seams.blocks import Blocks, find_blocks
 from eke.seams.optimizer import transplant
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -43,7 +43,7 @@ class Stacking(TechniqueCallback):
         operator: Where new blocks come from. ``"stack"``: copies of the trained ones on top, as in the paper.
             ``"interleave"``: each copy next to its source. ``"identity"``: on top, with output projections set to zero,
             so that the model's function stays the same; for pre-norm blocks. ``"random"``: their own random start.
-        form: ``"dormant"``: all blocks are there from the start and a gate skips those that do not run yet. Structure,
+        form: ``"dormant"``: all blocks are there from the start and those are skipped that do not run yet. Structure,
             optimizer and checkpoints never change. ``"growth"``: blocks that do not run yet are taken out of the model
             and their weights are freed.
         optimizer_state: ``"copy"``: a new block takes its source's optimizer state too. ``"reset_new"``: it starts
@@ -112,7 +112,7 @@ class Stacking(TechniqueCallback):
 
     def restore_model(self, pl_module: LightningModule) -> None:
         if self._full:
-            gate.detach(self._full, RECORD.name)
+            interceptor.detach(self._full, RECORD.name)
         compat.leave_out_of_ddp(pl_module, [])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -125,7 +125,7 @@ class Stacking(TechniqueCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # In mid-window, gradients of the shallow model would meet weights of the deep one.
-        while self._next is not None and self.clock.at_boundary and self.clock.steps >= self._next[0]:
+        while self._next is not None and self.progress.at_boundary and self.progress.steps >= self._next[0]:
             self._grow(trainer, pl_module, self._next[1])
             self._next = self._due()
 
@@ -138,7 +138,7 @@ class Stacking(TechniqueCallback):
         if self._next is not None:
             rest = "trim() takes the others out." if self.form == "dormant" else "The others are not in the model."
             warnings.warn(
-                f"The run ended after {self.clock.steps} steps, before the growth at step {self._next[0]}: "
+                f"The run ended after {self.progress.steps} steps, before the growth at step {self._next[0]}: "
                 f"{len(self.active)} of {len(self._full)} blocks were trained. {rest}",
                 stacklevel=2,
             )
@@ -248,7 +248,7 @@ class Stacking(TechniqueCallback):
         if self.optimizer_state == "reset_all":
             for optimizer in trainer.optimizers:
                 _forget(optimizer)
-        rank_zero_info(f"Stacking: {len(old)} -> {len(active)} blocks at optimizer step {self.clock.steps}.")
+        rank_zero_info(f"Stacking: {len(old)} -> {len(active)} blocks at optimizer step {self.progress.steps}.")
 
     def _apply(self, pl_module: LightningModule, active: list[int]) -> None:
         """Let these blocks run and no others. Weights that appear are yet to be filled."""
@@ -261,9 +261,9 @@ class Stacking(TechniqueCallback):
                 _materialize(self._full[i], trained)
             operators.replace_modules(self._container(), [self._full[i] for i in active])
         else:
-            gate.attach(self._full, RECORD.name)
+            interceptor.attach(self._full, RECORD.name)
             for i, block in enumerate(self._full):
-                gate.put(block, RECORD.name, *([] if i in active else [gate.Skip()]))
+                interceptor.put(block, RECORD.name, *([] if i in active else [interceptor.Skip()]))
             compat.leave_out_of_ddp(pl_module, dormant)
         self.active = list(active)
 

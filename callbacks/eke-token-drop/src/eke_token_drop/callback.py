@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from eke import Technique, TechniqueCallback
-from eke.seams import gate
+from eke.seams import interceptor
 from eke.seams.blocks import Blocks, find_blocks
 from eke.seams.patches import PatchesError, find_patches, relative_positions
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -109,7 +109,7 @@ class TokenDrop(TechniqueCallback):
 
     def restore_model(self, pl_module: LightningModule) -> None:
         if self._first is not None:
-            gate.detach([self._first], RECORD.name)
+            interceptor.detach([self._first], RECORD.name)
         if self._hook is not None:
             self._hook.remove()
         self._first = self._hook = None
@@ -123,13 +123,13 @@ class TokenDrop(TechniqueCallback):
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        keep = keep_at(self.clock.steps / self._total, self.drop, self.tail, self.schedule)
+        keep = keep_at(self.progress.steps / self._total, self.drop, self.tail, self.schedule)
         self._leave = None
         if keep == 1:
             return
         seed = int(torch.randint(2**40, (), generator=self.generator)) * 4096 + self._rank
         self._leave = LeaveOut(keep, seed, self.prefix, self._cut)
-        gate.put(self._entrance(), RECORD.name, self._leave)
+        interceptor.put(self._entrance(), RECORD.name, self._leave)
 
     def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
         if self._leave is None:
@@ -148,7 +148,7 @@ class TokenDrop(TechniqueCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._leave is not None:
-            gate.put(self._first, RECORD.name)
+            interceptor.put(self._first, RECORD.name)
 
     def step_kind(self) -> str:
         return f"{self._leave.left} patches" if self._leave is not None else "all patches"
@@ -161,8 +161,8 @@ class TokenDrop(TechniqueCallback):
         now = next(iter(self._found.container))
         if now is not self._first:
             if self._first is not None:
-                gate.detach([self._first], RECORD.name)
-            gate.attach([now], RECORD.name)
+                interceptor.detach([self._first], RECORD.name)
+            interceptor.attach([now], RECORD.name)
             self._first = now
         return now
 
@@ -170,13 +170,13 @@ class TokenDrop(TechniqueCallback):
 class LeaveOut:
     """At the entrance of the first block: lets some patches in. All blocks behind it see no others."""
 
-    rank = -1  # outside a gate that skips the first block
+    priority = -1  # outside an action that skips the first block
 
     def __init__(self, keep: float, seed: int, prefix: int | None, cut: dict[str, int]) -> None:
         self.keep, self.seed, self.prefix, self.cut = keep, seed, prefix, cut
         self.left = 0  # patches that were let in
 
-    def __call__(self, call_next: Any, hidden: Tensor, args: Any, kwargs: Any, form: gate.Form) -> Any:
+    def __call__(self, call_next: Any, hidden: Tensor, args: Any, kwargs: Any, form: interceptor.Form) -> Any:
         if hidden.ndim != 3:
             raise RuntimeError(
                 f"TokenDrop met hidden states of shape {tuple(hidden.shape)} and needs (batch, length, width): blocks "
@@ -198,7 +198,7 @@ class LeaveOut:
                     )
         self.left = max(1, round((length - prefix) * self.keep))
         positions = choose(len(hidden), length - prefix, self.left, prefix, self.seed, hidden.device)
-        return call_next(gate.gather_tokens(hidden, positions), args, kwargs)
+        return call_next(interceptor.gather_tokens(hidden, positions), args, kwargs)
 
 
 def _count(cut: dict[str, int], module: Any, args: Any, output: Tensor) -> None:

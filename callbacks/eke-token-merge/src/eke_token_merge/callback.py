@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from eke import Technique, TechniqueCallback
-from eke.seams import gate
+from eke.seams import interceptor
 from eke.seams.blocks import Attention, Blocks, find_attention, find_blocks
 from eke.seams.patches import PatchesError, find_patches, relative_positions
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -120,7 +120,7 @@ class TokenMerge(TechniqueCallback):
         self.count, self.tail, self.proportional, self.evaluate = count, tail, proportional, evaluate
         self.prefix, self.blocks = prefix, blocks
         self._found: Blocks | None = None
-        self._gated: list[nn.Module] = []
+        self._held: list[nn.Module] = []
         self._hooks: list[Any] = []
         self._state: dict[str, Any] = {}
         self._total = float("inf")
@@ -151,8 +151,8 @@ class TokenMerge(TechniqueCallback):
         self._switch(False)
         for hook in self._hooks:
             hook.remove()
-        gate.detach(self._gated, RECORD.name)
-        self._hooks, self._gated = [], []
+        interceptor.detach(self._held, RECORD.name)
+        self._hooks, self._held = [], []
         self._state.clear()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -164,7 +164,7 @@ class TokenMerge(TechniqueCallback):
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        merges = self.count > 0 and (self.tail == 0 or self.clock.steps / self._total < 1 - self.tail)
+        merges = self.count > 0 and (self.tail == 0 or self.progress.steps / self._total < 1 - self.tail)
         if merges or self._merges:
             self._switch(merges)
 
@@ -178,7 +178,14 @@ class TokenMerge(TechniqueCallback):
         return f"{self._state.get('left', 0)} patches at the end" if self._merges else "all patches"
 
     def __getstate__(self) -> dict[str, Any]:  # a copy meets its model anew
-        return {**super().__getstate__(), "_found": None, "_gated": [], "_hooks": [], "_state": {}, "_merges": False}
+        return {
+            **super().__getstate__(),
+            "_found": None,
+            "_held": [],
+            "_hooks": [],
+            "_state": {},
+            "_merges": False,
+        }
 
     def _switch(self, merges: bool) -> None:
         self._merges = merges
@@ -186,22 +193,22 @@ class TokenMerge(TechniqueCallback):
             self._open()
             return
         now = list(self._found.container)
-        if len(now) != len(self._gated) or any(new is not old for new, old in zip(now, self._gated, strict=True)):
-            gate.detach(self._gated, RECORD.name)
-            gate.attach(now, RECORD.name)
-            self._gated = now
+        if len(now) != len(self._held) or any(new is not old for new, old in zip(now, self._held, strict=True)):
+            interceptor.detach(self._held, RECORD.name)
+            interceptor.attach(now, RECORD.name)
+            self._held = now
         for number, block in enumerate(now):
-            gate.put(block, RECORD.name, Merge(self, block, first=number == 0))
+            interceptor.put(block, RECORD.name, Merge(self, block, first=number == 0))
 
     def _open(self) -> None:
-        for block in self._gated:
-            gate.put(block, RECORD.name)
+        for block in self._held:
+            interceptor.put(block, RECORD.name)
 
 
 class Merge:
     """Runs a block, notes its keys, and joins what it gives."""
 
-    rank = -1  # outside a gate that skips the block
+    priority = -1  # outside an action that skips the block
 
     def __init__(self, owner: TokenMerge, block: nn.Module, first: bool) -> None:
         self.count, self.proportional, self.prefix = owner.count, owner.proportional, owner.prefix
@@ -210,7 +217,7 @@ class Merge:
         self.compiled = getattr(block, "_compiled_call_impl", None) is not None
         self.recomputed = getattr(block, "gradient_checkpointing", False)  # Hugging Face's
 
-    def __call__(self, call_next: Any, hidden: Tensor, args: Any, kwargs: Any, form: gate.Form) -> Any:
+    def __call__(self, call_next: Any, hidden: Tensor, args: Any, kwargs: Any, form: interceptor.Form) -> Any:
         state = self.state
         self._check(hidden, args, kwargs)
         if self.first:

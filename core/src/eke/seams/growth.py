@@ -38,7 +38,7 @@ def check_growable(trainer: Trainer, who: str) -> None:
 def rebuild(trainer: Trainer, origin: Mapping[torch.Tensor, torch.Tensor]) -> None:
     """Make optimizers, schedulers and DDP follow a model whose parameters have just changed.
 
-    Call it at the start of an accumulation window (``clock.at_boundary``): gradients are dropped.
+    Call it at the start of an accumulation window (``progress.at_boundary``): gradients are dropped.
 
     Args:
         trainer: In ``fit``.

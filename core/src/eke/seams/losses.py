@@ -21,7 +21,7 @@ from eke.spec import EkeError
 
 Weigh = Callable[[Tensor], Tensor | None]
 
-_hearing: ContextVar[Hearing | None] = ContextVar("eke_hearing", default=None)
+_capture: ContextVar[Capture | None] = ContextVar("eke_capture", default=None)
 
 
 class LossError(EkeError, ValueError):
@@ -50,13 +50,13 @@ def reduce_loss(losses: Tensor, valid: Tensor | None = None) -> Tensor:
         shape = f"{tuple(losses.shape)}{'' if valid is None else f' with valid {tuple(valid.shape)}'}"
         raise LossError(f"reduce_loss got losses of shape {shape}. Give (batch,) or (batch, length), and valid alike.")
     valid = torch.ones_like(losses) if valid is None else valid.to(losses.dtype)
-    hearing = _hearing.get()
-    if hearing is None:
+    active = _capture.get()
+    if active is None:
         return (losses * valid).sum() / valid.sum().clamp(min=1)
-    return hearing.reduce(losses, valid, "eke.reduce_loss")
+    return active.reduce(losses, valid, "eke.reduce_loss")
 
 
-class Hearing:
+class Capture:
     """What one ``training_step`` gave.
 
     Args:
@@ -99,7 +99,7 @@ class Hearing:
         """The losses.
 
         Raises:
-            LossError: none was heard.
+            LossError: none was captured.
         """
         if self.losses is None:
             raise LossError(
@@ -111,23 +111,23 @@ class Hearing:
 
 
 @contextmanager
-def hearing(samples: int, weigh: Weigh, batch: Any = None) -> Iterator[Hearing]:
-    """Hear and weigh the losses of the samples of one step inside."""
-    heard = Hearing(samples, weigh, batch)
-    token = _hearing.set(heard)
+def capture(samples: int, weigh: Weigh, batch: Any = None) -> Iterator[Capture]:
+    """Capture and weigh the losses of the samples of one step inside."""
+    captured = Capture(samples, weigh, batch)
+    token = _capture.set(captured)
     try:
-        with _CrossEntropy(heard):
-            yield heard
+        with _CrossEntropy(captured):
+            yield captured
     finally:
-        _hearing.reset(token)
+        _capture.reset(token)
 
 
 class _CrossEntropy(TorchFunctionMode):
     """Takes the mean of a plain cross entropy itself."""
 
-    def __init__(self, heard: Hearing) -> None:
+    def __init__(self, captured: Capture) -> None:
         super().__init__()
-        self.heard = heard
+        self.captured = captured
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -153,14 +153,14 @@ class _CrossEntropy(TorchFunctionMode):
         if not target.is_floating_point():  # classes, and not their probabilities
             valid = (target != ignored).to(losses.dtype)
         rows = self._rows(losses, target, ignored)
-        self.heard.logits, self.heard.target = given["input"].detach(), target
-        self.heard.smoothing = given.get("label_smoothing", 0.0)
-        return self.heard.reduce(losses.reshape(rows), valid.reshape(rows), "cross_entropy")
+        self.captured.logits, self.captured.target = given["input"].detach(), target
+        self.captured.smoothing = given.get("label_smoothing", 0.0)
+        return self.captured.reduce(losses.reshape(rows), valid.reshape(rows), "cross_entropy")
 
     def _refuse_contrast(self, logits: Tensor, target: Tensor) -> None:
         """Each sample is the class of itself: a contrastive loss, which other samples of the batch make."""
         # Of few classes a batch may hold each once, in order, by chance.
-        square = logits.ndim == 2 and logits.shape[0] == logits.shape[1] == self.heard.samples >= 8
+        square = logits.ndim == 2 and logits.shape[0] == logits.shape[1] == self.captured.samples >= 8
         if square and torch.equal(target, torch.arange(len(logits), device=target.device)):
             raise LossError(
                 "training_step compares each sample of the batch with every other, a contrastive loss: it is not the "
@@ -171,12 +171,12 @@ class _CrossEntropy(TorchFunctionMode):
     def _rows(self, losses: Tensor, target: Tensor, ignored: int) -> tuple[int, ...]:
         """Shape of the losses by sample. Tokens may have been flattened, which a view or the batch shows; views of
         images that were put one behind the other look the same in number only."""
-        samples, base = self.heard.samples, target._base
+        samples, base = self.captured.samples, target._base
         if losses.ndim and len(losses) == samples:
             return (samples,) if losses.numel() == samples else (samples, -1)
         if losses.ndim == 1 and losses.numel() == target.numel() and target.numel() % samples == 0:
             whole = base is not None and base.ndim == 2 and base.numel() == target.numel()
-            if (whole and base.shape[0] == samples) or flattened_rows(target, samples, self.heard.batch, ignored):
+            if (whole and base.shape[0] == samples) or flattened_rows(target, samples, self.captured.batch, ignored):
                 return (samples, -1)
         raise LossError(
             f"cross_entropy got targets of shape {tuple(target.shape)} in a step on {samples} samples: which loss "

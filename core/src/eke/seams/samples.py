@@ -170,10 +170,10 @@ class Chosen(Sampler[int]):
         return torch.randperm(self.samples.count, generator=generator).tolist()
 
 
-def joined(heard: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def joined(captured: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Samples and values of several batches, in one tensor each; empty ones before the first batch."""
     numbers, values = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0)]
-    return torch.cat(numbers + [one for one, _ in heard]), torch.cat(values + [one for _, one in heard])
+    return torch.cat(numbers + [one for one, _ in captured]), torch.cat(values + [one for _, one in captured])
 
 
 def all_ranks(trainer: Trainer, numbers: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from eke.seams.batch import rows, size
-from eke.seams.presample import error_norms, evaluating, overheard
+from eke.seams.scoring import error_norms, evaluating, scoring_pass
 from eke.seams.step import muted
 from eke.spec import EkeError
 
@@ -175,8 +175,8 @@ def score(
         if kind == "grand":
             found += _lengths(pl_module, batch, *arguments)
         else:
-            heard = overheard(pl_module, pl_module.training_step, batch, *arguments)
-            found.append(heard.losses if kind == "loss" else error_norms(heard))
+            captured = scoring_pass(pl_module, pl_module.training_step, batch, *arguments)
+            found.append(captured.losses if kind == "loss" else error_norms(captured))
     return Scores(kind, torch.cat(found).double().cpu(), 1, fingerprint(dataset))
 
 

@@ -1,6 +1,6 @@
 """What Eke knows of this technique without importing torch."""
 
-from eke import Relief, Technique, hookimpl
+from eke import Offer, Technique, hookimpl
 
 RECORD = Technique(
     name="adam8bit",
@@ -10,7 +10,7 @@ RECORD = Technique(
     survey="3 Memory efficiency; the paper is not in the survey's list",
     effects=("replaces optimizer", "changes optimizer state"),
     exactness="approximate",
-    reliefs=(Relief("rounding"),),
+    offers=(Offer("rounding"),),
     exceptions={
         "test_its_checkpoint_loads_without_it_or_says_why_not": (
             "its weights load anywhere, but a Trainer without Eke meets optimizer states that AdamW does not know and "

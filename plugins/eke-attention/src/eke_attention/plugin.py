@@ -145,7 +145,7 @@ class Attention(TechniqueCallback):
     # ------------------------------------------------------------------ a step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._steps = self.clock.steps
+        self._steps = self.progress.steps
         for site in self._sites:
             site.layer.update(self._kept.get(site.path, {}))
 
@@ -164,8 +164,8 @@ class Attention(TechniqueCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.pattern is not None and self.clock.steps > self._steps:
-            self._steps = self.clock.steps
+        if self.pattern is not None and self.progress.steps > self._steps:
+            self._steps = self.progress.steps
             self.pattern.after_step({site.path: site.layer for site in self._sites}, self._steps, self._mean)
 
     def _mean(self, tensor: Tensor) -> Tensor:

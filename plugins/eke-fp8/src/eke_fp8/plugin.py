@@ -217,7 +217,7 @@ class FP8(TechniqueCallback):
         self._converted = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._module, self._steps = pl_module, self.clock.steps
+        self._module, self._steps = pl_module, self.progress.steps
         for name, layer in self._with_memory(pl_module).items():
             if name in self._kept:
                 layer.load_state_dict(self._kept[name])
@@ -235,8 +235,8 @@ class FP8(TechniqueCallback):
             return
         if self.recipe == "delayed":
             self._update(trainer, pl_module)
-        if self.recipe == "chunked" and self.clock.steps > self._steps:
-            self._steps = self.clock.steps
+        if self.recipe == "chunked" and self.progress.steps > self._steps:
+            self._steps = self.progress.steps
             self._round_weights(pl_module)
 
     def _update(self, trainer: Trainer, pl_module: LightningModule) -> None:

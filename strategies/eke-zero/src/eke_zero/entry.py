@@ -1,6 +1,6 @@
 """Tells the eke registry what this distribution provides."""
 
-from eke import Relief, Technique, hookimpl
+from eke import Offer, Technique, hookimpl
 
 RECORD = Technique(
     name="zero",
@@ -10,13 +10,13 @@ RECORD = Technique(
     survey="3 Parallelism [73], 3.2 Offloading [75]",
     effects=("replaces sharding",),
     exactness="reordered sums",
-    reliefs=(
-        Relief("communication", {"stage": 1}, ranks=2),
-        Relief("communication", {"stage": 2}, ranks=2),
-        Relief("communication", {"stage": 3}, ranks=2),
-        Relief("recomputing", {"remat": True}),
-        Relief("transfers", {"offload": "optimizer"}),
-        Relief("transfers", {"stage": 3, "offload": "params"}),
+    offers=(
+        Offer("communication", {"stage": 1}, ranks=2),
+        Offer("communication", {"stage": 2}, ranks=2),
+        Offer("communication", {"stage": 3}, ranks=2),
+        Offer("recomputing", {"remat": True}),
+        Offer("transfers", {"offload": "optimizer"}),
+        Offer("transfers", {"stage": 3, "offload": "params"}),
     ),
 )
 

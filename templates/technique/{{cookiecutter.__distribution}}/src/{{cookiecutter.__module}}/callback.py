@@ -54,7 +54,7 @@ class {{ cookiecutter.class_name }}(TechniqueCallback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         # Here and not after backward: once per optimizer step under accumulation, and before clipping.
-        # The clock is saved and resumed by eke; what a technique counts itself belongs in state_dict().
-        factor = share(self.clock.steps, self.warmup_steps)
+        # Progress is saved and resumed by eke; what a technique counts itself belongs in state_dict().
+        factor = share(self.progress.steps, self.warmup_steps)
         if factor < 1:
             scale_gradients(pl_module.parameters(), factor)

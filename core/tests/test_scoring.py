@@ -5,8 +5,8 @@ from collections import namedtuple
 import pytest
 import torch
 from eke.seams.batch import BatchError, rows, size
-from eke.seams.losses import LossError, hearing
-from eke.seams.presample import error_norms, overheard
+from eke.seams.losses import LossError, capture
+from eke.seams.scoring import error_norms, scoring_pass
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn import functional as F
@@ -48,9 +48,11 @@ def test_a_look_leaves_no_trace():
     model.layers[2].eval()  # a part that the user holds in evaluation mode stays there
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    heard = overheard(model, model.training_step, (torch.randn(5, 4, generator=torch.Generator()), torch.arange(5) % 3))
-    assert heard.losses.shape == (5,)
-    assert not heard.logits.requires_grad
+    captured = scoring_pass(
+        model, model.training_step, (torch.randn(5, 4, generator=torch.Generator()), torch.arange(5) % 3)
+    )
+    assert captured.losses.shape == (5,)
+    assert not captured.logits.requires_grad
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
     assert "log" not in vars(model)
@@ -64,7 +66,7 @@ def test_gradients_survive_a_look_under_autocast():
     model = Model()
     batch = (torch.randn(6, 4), torch.arange(6) % 3)
     with torch.autocast("cpu", torch.bfloat16):
-        overheard(model, model.training_step, batch)
+        scoring_pass(model, model.training_step, batch)
         model.log = lambda *args: None
         model.training_step(batch).backward()
     assert all(weight.grad is not None for weight in model.parameters())
@@ -82,29 +84,29 @@ def test_error_norms_are_the_gradients_by_the_logits(kind, smoothing):
     if "tokens" in kind:
         target[1, 2:] = -100
     given = target.view(-1) if kind == "flat tokens" else target
-    with hearing(5, lambda losses: None) as heard:
+    with capture(5, lambda losses: None) as captured:
         F.cross_entropy(logits, given, label_smoothing=smoothing)
     total = F.cross_entropy(logits, given, label_smoothing=smoothing, reduction="sum")
     (gradient,) = torch.autograd.grad(total, logits)
     wanted = gradient.reshape(5, -1).norm(dim=1)
-    assert torch.allclose(error_norms(heard), wanted, atol=1e-6)
+    assert torch.allclose(error_norms(captured), wanted, atol=1e-6)
 
 
 def test_a_contrastive_loss_is_refused():
-    with hearing(8, lambda losses: None), pytest.raises(LossError, match="contrastive"):
+    with capture(8, lambda losses: None), pytest.raises(LossError, match="contrastive"):
         F.cross_entropy(torch.randn(8, 8), torch.arange(8))
 
 
 def test_a_small_batch_that_holds_each_class_once_is_none():
-    with hearing(3, lambda losses: None) as heard:
+    with capture(3, lambda losses: None) as captured:
         F.cross_entropy(torch.randn(3, 3), torch.arange(3))
-    assert heard.losses is not None
+    assert captured.losses is not None
 
 
 def test_losses_without_logits_have_no_error_norms():
     import eke
 
-    with hearing(4, lambda losses: None) as heard:
+    with capture(4, lambda losses: None) as captured:
         eke.reduce_loss(torch.rand(4))
     with pytest.raises(LossError, match="plain cross_entropy"):
-        error_norms(heard)
+        error_norms(captured)

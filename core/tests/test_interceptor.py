@@ -1,4 +1,4 @@
-"""The block gate: what it does to the numbers, and what it leaves as it was."""
+"""The block interceptor: what it does to the numbers, and what it leaves as it was."""
 
 import copy
 import io
@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from eke.seams import gate
+from eke.seams import interceptor
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -49,23 +49,23 @@ def x():
 
 
 def close(blocks, owner="test"):
-    gate.attach(blocks, owner)
+    interceptor.attach(blocks, owner)
     for block in blocks:
-        gate.put(block, owner, gate.Skip())
+        interceptor.put(block, owner, interceptor.Skip())
 
 
 def skip_upper(net, depth=2, owner="test"):
-    gate.attach(net.blocks, owner)
+    interceptor.attach(net.blocks, owner)
     for block in net.blocks[depth:]:
-        gate.put(block, owner, gate.Skip())
+        interceptor.put(block, owner, interceptor.Skip())
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_an_open_gate_changes_no_bit(x, training):
+def test_an_interceptor_without_actions_changes_no_bit(x, training):
     net = Net().train(training)
     torch.manual_seed(0)
     plain = net(x)
-    gate.attach(net.blocks, "test")
+    interceptor.attach(net.blocks, "test")
     torch.manual_seed(0)
     assert torch.equal(net(x), plain)
 
@@ -77,7 +77,7 @@ def test_skipped_blocks_are_as_if_they_were_not_there(x, form, training, by_name
     net = Net(4, form).train(training)
     skip_upper(net)
     shallow = copy.deepcopy(net)
-    gate.detach(list(shallow.blocks), "test")
+    interceptor.detach(list(shallow.blocks), "test")
     del shallow.blocks[2:]
     torch.manual_seed(0)
     skipped = net(x, by_name)
@@ -104,8 +104,8 @@ def test_a_tuple_that_carries_a_cache_cannot_be_skipped(x):
 
 def test_a_block_that_returns_something_else_cannot_be_skipped(x):
     blocks = nn.ModuleList([Block("dict"), Block("dict")])
-    gate.attach(blocks, "test")
-    gate.put(blocks[1], "test", gate.Skip())
+    interceptor.attach(blocks, "test")
+    interceptor.put(blocks[1], "test", interceptor.Skip())
     blocks[0](x)
     with pytest.raises(RuntimeError, match="neither a tensor nor a tuple"):
         blocks[1](x)
@@ -132,8 +132,8 @@ def test_taken_off_the_class_is_the_very_same(x):
     net = Net()
     before = [dict(vars(block)) for block in net.blocks]
     skip_upper(net)
-    gate.detach(list(net.blocks), "test")
-    gate.detach(list(net.blocks), "test")
+    interceptor.detach(list(net.blocks), "test")
+    interceptor.detach(list(net.blocks), "test")
     assert all(type(block) is Block for block in net.blocks)
     assert [vars(block).keys() for block in net.blocks] == [one.keys() for one in before]
     net(x)
@@ -144,19 +144,19 @@ def test_attaching_and_closing_twice_is_once(x):
     net = Net()
     skip_upper(net)
     skip_upper(net)
-    assert len(gate.transforms(net.blocks[3])) == 1
-    assert type(net.blocks[3]).__mro__.count(gate.GatedBlock) == 1
-    gate.put(net.blocks[3], "test")
-    gate.put(net.blocks[3], "test")
-    assert gate.transforms(net.blocks[3]) == ()
+    assert len(interceptor.actions(net.blocks[3])) == 1
+    assert type(net.blocks[3]).__mro__.count(interceptor.InterceptedBlock) == 1
+    interceptor.put(net.blocks[3], "test")
+    interceptor.put(net.blocks[3], "test")
+    assert interceptor.actions(net.blocks[3]) == ()
 
 
-def test_a_deep_copy_has_a_gate_and_weights_of_its_own(x):
+def test_a_deep_copy_has_an_interceptor_and_weights_of_its_own(x):
     net = Net().eval()
     skip_upper(net)
     twin = copy.deepcopy(net)
     for block in twin.blocks:
-        gate.put(block, "test")
+        interceptor.put(block, "test")
         nn.init.ones_(block.linear.weight)
     twin(x)
     net(x)
@@ -166,13 +166,13 @@ def test_a_deep_copy_has_a_gate_and_weights_of_its_own(x):
 
 
 @pytest.mark.parametrize("protocol", [0, 2, pickle.HIGHEST_PROTOCOL])
-def test_a_closed_gate_survives_pickling(x, protocol):
+def test_a_skipped_block_survives_pickling(x, protocol):
     net = Net().eval()
     skip_upper(net)
     twin = pickle.loads(pickle.dumps(net, protocol))
     assert torch.equal(twin(x), net(x))
     assert [block.calls for block in twin.blocks] == [1, 1, 0, 0]
-    gate.detach(list(twin.blocks), "test")
+    interceptor.detach(list(twin.blocks), "test")
     assert type(twin.blocks[0]) is Block
     buffer = io.BytesIO()
     torch.save(net, buffer)
@@ -193,13 +193,13 @@ def test_checkpointed_blocks_recompute_the_same_bits(x):
     plain = run(net, net.blocks[:2])
     net.zero_grad()
     skip_upper(net)
-    gated = run(net, net.blocks)
+    intercepted = run(net, net.blocks)
     assert all(
-        one is other if one is None else torch.equal(one, other) for one, other in zip(plain, gated, strict=True)
+        one is other if one is None else torch.equal(one, other) for one, other in zip(plain, intercepted, strict=True)
     )
 
 
-def test_a_forward_that_somebody_replaced_on_the_instance_is_gated_too(x):
+def test_a_forward_that_somebody_replaced_on_the_instance_is_intercepted_too(x):
     net = Net()
     for block in net.blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -208,36 +208,36 @@ def test_a_forward_that_somebody_replaced_on_the_instance_is_gated_too(x):
     assert [block.calls for block in net.blocks] == [1, 1, 0, 0]
 
 
-def test_two_owners_share_one_gate_in_order_of_rank(x):
+def test_two_owners_share_one_interceptor_in_order_of_priority(x):
     seen = []
 
     class Note:
-        def __init__(self, name, rank):
-            self.name, self.rank = name, rank
+        def __init__(self, name, priority):
+            self.name, self.priority = name, priority
 
         def __call__(self, call_next, hidden, args, kwargs, form):
             seen.append(self.name)
             return call_next(hidden, args, kwargs)
 
     net = Net(2)
-    gate.attach(net.blocks, "one")
-    gate.attach(net.blocks, "two")
-    gate.put(net.blocks[1], "one", Note("inner", 2))
-    gate.put(net.blocks[1], "two", Note("outer", 1), Note("first", 0))
+    interceptor.attach(net.blocks, "one")
+    interceptor.attach(net.blocks, "two")
+    interceptor.put(net.blocks[1], "one", Note("inner", 2))
+    interceptor.put(net.blocks[1], "two", Note("outer", 1), Note("first", 0))
     net(x)
     assert seen == ["first", "outer", "inner"]
-    gate.put(net.blocks[1], "two", gate.Skip())
+    interceptor.put(net.blocks[1], "two", interceptor.Skip())
     net(x)
-    assert seen == ["first", "outer", "inner"]  # a closed gate lets nobody through
-    gate.detach(list(net.blocks), "two")
-    assert [one.name for one in gate.transforms(net.blocks[1])] == ["inner"]
-    gate.detach(list(net.blocks), "one")
+    assert seen == ["first", "outer", "inner"]  # an action that skips lets nobody through
+    interceptor.detach(list(net.blocks), "two")
+    assert [one.name for one in interceptor.actions(net.blocks[1])] == ["inner"]
+    interceptor.detach(list(net.blocks), "one")
     assert type(net.blocks[1]) is Block
 
 
 def test_who_has_not_attached_cannot_put_anything():
-    with pytest.raises(KeyError, match="'test' has no gate on this Block. Call attach first"):
-        gate.put(Block(), "test", gate.Skip())
+    with pytest.raises(KeyError, match="'test' has no interceptor on this Block. Call attach first"):
+        interceptor.put(Block(), "test", interceptor.Skip())
 
 
 class Fixed:
@@ -253,8 +253,8 @@ class Fixed:
 def test_a_block_run_on_some_tokens_changes_those_and_no_other(x, positions, form):
     net = Net(1, form).eval()
     plain = net(x)
-    gate.attach(net.blocks, "test")
-    gate.put(net.blocks[0], "test", gate.OnTokens(Fixed(positions)))
+    interceptor.attach(net.blocks, "test")
+    interceptor.put(net.blocks[0], "test", interceptor.Select(Fixed(positions)))
     got = net(x)
     rows = positions.expand(2, -1)
     for row in range(2):
@@ -263,15 +263,15 @@ def test_a_block_run_on_some_tokens_changes_those_and_no_other(x, positions, for
                 torch.testing.assert_close(got[row, token], plain[row, token])
             else:
                 assert torch.equal(got[row, token], x[row, token])
-    gate.put(net.blocks[0], "test", gate.OnTokens(Fixed(None)))
+    interceptor.put(net.blocks[0], "test", interceptor.Select(Fixed(None)))
     assert torch.equal(net(x), plain)
 
 
 def test_tokens_first_in_the_batch_order_can_be_chosen_too(x):
     block = Block().eval()
     plain = block(x)
-    gate.attach([block], "test")
-    gate.put(block, "test", gate.OnTokens(Fixed(torch.tensor([1])), dim=0))
+    interceptor.attach([block], "test")
+    interceptor.put(block, "test", interceptor.Select(Fixed(torch.tensor([1])), dim=0))
     got = block(x)
     assert torch.equal(got[0], x[0])
     torch.testing.assert_close(got[1], plain[1])  # fewer rows may be multiplied in another order
@@ -279,8 +279,8 @@ def test_tokens_first_in_the_batch_order_can_be_chosen_too(x):
 
 def test_inputs_with_an_entry_a_token_are_refused_unless_somebody_cuts_them(x):
     block = Block().eval()
-    gate.attach([block], "test")
-    gate.put(block, "test", gate.OnTokens(Fixed(torch.tensor([1, 3]))))
+    interceptor.attach([block], "test")
+    interceptor.put(block, "test", interceptor.Select(Fixed(torch.tensor([1, 3]))))
     with pytest.raises(RuntimeError, match=r"also gets mask of shape \(2, 5\), one entry a token"):
         block(x, mask=torch.ones(2, 5))
     with pytest.raises(RuntimeError, match="also gets argument 1"):
@@ -290,24 +290,28 @@ def test_inputs_with_an_entry_a_token_are_refused_unless_somebody_cuts_them(x):
     def side(args, kwargs, positions):
         return args, {"mask": kwargs["mask"][:, positions]}
 
-    gate.put(block, "test", gate.OnTokens(Fixed(torch.tensor([1, 3])), side))
+    interceptor.put(block, "test", interceptor.Select(Fixed(torch.tensor([1, 3])), side))
     block(x, mask=torch.ones(2, 5))
 
 
 def test_tokens_can_be_put_in_replaced_and_taken_out(x):
     prompt = torch.randn(2, WIDTH)
-    longer = gate.insert_tokens(x, prompt, at=1)
+    longer = interceptor.insert_tokens(x, prompt, at=1)
     assert torch.equal(longer, torch.cat([x[:, :1], prompt.expand(2, -1, -1), x[:, 1:]], 1))
-    assert torch.equal(gate.replace_tokens(longer, torch.zeros(2, WIDTH), at=1)[:, 1:3], torch.zeros(2, 2, WIDTH))
-    assert torch.equal(gate.replace_tokens(longer, torch.zeros(2, WIDTH), at=1)[:, 3:], x[:, 1:])
+    assert torch.equal(
+        interceptor.replace_tokens(longer, torch.zeros(2, WIDTH), at=1)[:, 1:3], torch.zeros(2, 2, WIDTH)
+    )
+    assert torch.equal(interceptor.replace_tokens(longer, torch.zeros(2, WIDTH), at=1)[:, 3:], x[:, 1:])
     net = Net(1, "tuple").eval()
-    gate.attach(net.blocks, "test")
-    before = partial(gate.insert_tokens, tokens=prompt)
-    gate.put(net.blocks[0], "test", gate.Edit(before=before))
+    interceptor.attach(net.blocks, "test")
+    before = partial(interceptor.insert_tokens, tokens=prompt)
+    interceptor.put(net.blocks[0], "test", interceptor.Edit(before=before))
     assert net(x).shape == (2, 7, WIDTH)
-    gate.put(net.blocks[0], "test", gate.Edit(before=before, after=partial(torch.narrow, dim=1, start=2, length=5)))
+    interceptor.put(
+        net.blocks[0], "test", interceptor.Edit(before=before, after=partial(torch.narrow, dim=1, start=2, length=5))
+    )
     with_prompt = net(x)
-    gate.put(net.blocks[0], "test")
+    interceptor.put(net.blocks[0], "test")
     assert torch.equal(with_prompt, net(x))  # a block without attention does not see the prompt
 
 
@@ -319,17 +323,17 @@ def test_it_holds_on_the_fast_paths_of_the_torch_encoder(x, padding, training):
     mask = torch.arange(5).expand(2, 5) > torch.tensor([[4], [2]]) if padding else None
     shallow = copy.deepcopy(encoder)
     del shallow.layers[2:]
-    gate.attach(encoder.layers, "test")
+    interceptor.attach(encoder.layers, "test")
     for block in encoder.layers[2:]:
-        gate.put(block, "test", gate.Skip())
+        interceptor.put(block, "test", interceptor.Skip())
     with torch.set_grad_enabled(training):
         assert torch.equal(encoder(x, src_key_padding_mask=mask), shallow(x, src_key_padding_mask=mask))
 
 
 def test_tokens_of_a_nested_tensor_are_refused(x):
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True), 2).eval()
-    gate.attach(encoder.layers, "test")
-    gate.put(encoder.layers[1], "test", gate.OnTokens(Fixed(torch.tensor([0]))))
+    interceptor.attach(encoder.layers, "test")
+    interceptor.put(encoder.layers[1], "test", interceptor.Select(Fixed(torch.tensor([0]))))
     mask = torch.arange(5).expand(2, 5) > torch.tensor([[4], [2]])
     with pytest.raises(RuntimeError, match="enable_nested_tensor=False"), torch.no_grad():
         encoder(x, src_key_padding_mask=mask)
@@ -347,11 +351,11 @@ def test_it_holds_in_a_hugging_face_model(checkpointing):
     skip_upper(nn.ModuleDict({"blocks": model.transformer.h}))
     ids = torch.arange(6).view(2, 3)
     torch.manual_seed(0)
-    gated = model(ids, labels=ids)
+    intercepted = model(ids, labels=ids)
     torch.manual_seed(0)
     plain = shallow(ids, labels=ids)
-    assert torch.equal(gated.logits, plain.logits)
-    gated.loss.backward()
+    assert torch.equal(intercepted.logits, plain.logits)
+    intercepted.loss.backward()
     plain.loss.backward()
     for name, parameter in shallow.named_parameters():
         assert torch.equal(model.get_parameter(name).grad, parameter.grad)
@@ -383,7 +387,7 @@ def graphs(how):
     counts = []
     for depth in (2, 4):
         for block in net.blocks[:depth]:
-            gate.put(block, "test")
+            interceptor.put(block, "test")
         expected = x
         for block in net.blocks[:depth]:
             expected = expected + block.linear(expected)
@@ -393,6 +397,6 @@ def graphs(how):
     return counts
 
 
-def test_compiled_by_block_one_graph_serves_all_gates_and_as_a_whole_each_setting_has_one():
+def test_compiled_by_block_one_graph_serves_all_actions_and_as_a_whole_each_setting_has_one():
     assert graphs("block") == [1, 1]
     assert graphs("whole") == [2, 3]  # the first call learns the form of the output, which costs one

@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.data import extract_batch_size
 
 
-class Clock:
+class Progress:
     """What has been done so far, over all processes.
 
     Attributes:

@@ -133,7 +133,7 @@ class Reads(eke.TechniqueCallback):
         self.trace = []
 
     def on_train_batch_start(self, *_):
-        self.trace.append((self.clock.steps, self.clock.micro_steps, self.clock.at_boundary))
+        self.trace.append((self.progress.steps, self.progress.micro_steps, self.progress.at_boundary))
 
 
 def test_steps_and_windows_under_accumulation():
@@ -149,7 +149,7 @@ def test_steps_and_windows_under_accumulation():
         (2, 6, True),
         (2, 7, False),
     ]
-    assert reads.clock.steps == 3
+    assert reads.progress.steps == 3
 
 
 def test_samples_and_tokens_of_all_processes_are_counted():
@@ -171,14 +171,14 @@ def test_samples_and_tokens_of_all_processes_are_counted():
         parallel = {"devices": 2, "strategy": "ddp"} if rank is not None else {}
         trainer = Trainer(accelerator="cpu", max_epochs=1, callbacks=[reads], **silent, **parallel)
         trainer.fit(Tokens(), DataLoader(data, batch_size=2))
-        return reads.clock.samples, reads.clock.tokens
+        return reads.progress.samples, reads.progress.tokens
 
     assert one(None) == (12, 60)
     assert run_ranks(one) == [(12, 60), (12, 60)]
 
 
 def test_a_strategy_that_accumulates_by_itself_counts_real_steps():
-    from eke.seams.clock import Clock
+    from eke.seams.progress import Progress
 
     class Strategy:
         handles_gradient_accumulation = True
@@ -186,6 +186,6 @@ def test_a_strategy_that_accumulates_by_itself_counts_real_steps():
     class Run:  # DeepSpeed cannot run here: its counting is what is tested
         strategy, accumulate_grad_batches, global_step = Strategy(), 4, 10
 
-    clock = Clock()
-    clock.connect(Run())
-    assert clock.steps == 2
+    progress = Progress()
+    progress.connect(Run())
+    assert progress.steps == 2

@@ -1,12 +1,12 @@
-"""Skip a block, run it on some tokens, or change its tokens: one gate per block, shared by all techniques.
+"""Skip a block, run it on some tokens, or change its tokens: one interceptor per block, shared by all techniques.
 
 The tricks it hides: a wrapper module would put its name into every key of the state dict, and a replaced ``forward``
 makes a deep copy run the original's weights. So the class of the block is exchanged for a subclass of itself: keys,
 ``isinstance``, deep copies, pickles and activation checkpointing stay as they were. The subclass acts in
 ``__call__``, outside a ``forward`` that somebody else has wrapped, outside the block's hooks, and outside the
-block's own compiled code (``block.compile()``), which then needs no other graph when the gate moves.
+block's own compiled code (``block.compile()``), which then needs no other graph when the actions change.
 
-A model compiled as a whole has one graph for each setting of its gates, and one that its first call leaves behind.
+A model compiled as a whole has one graph for each set of actions, and one that its first call leaves behind.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-_STATE = "_eke_gate"
+_STATE = "_eke_interceptor"
 
 
-class Transform(Protocol):
+class Action(Protocol):
     """What a technique does to a block. It must not be a closure: a deep copy of the model copies it too."""
 
-    rank: int  # lower ranks act first, outside the others
+    priority: int  # lower ones act first, outside the others
 
     def __call__(
         self, call_next: Callable[..., Any], hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], form: Form
@@ -73,7 +73,7 @@ class Form:
         """Refuse to make up an output that holds more than hidden states."""
         if self.length == -1:
             raise RuntimeError(
-                "The blocks return neither a tensor nor a tuple that begins with one: they cannot be gated."
+                "The blocks return neither a tensor nor a tuple that begins with one: they cannot be intercepted."
             )
         if self.carries:
             raise RuntimeError(
@@ -83,9 +83,9 @@ class Form:
 
 
 class Skip:
-    """The closed gate: the block passes its input on."""
+    """The block is skipped: it passes its input on."""
 
-    rank = 0
+    priority = 0
 
     def __call__(self, call_next: Any, hidden: Tensor, args: Any, kwargs: Any, form: Form) -> Any:
         return form.wrap(hidden)
@@ -99,7 +99,7 @@ class Edit:
         after: The block's hidden states to what the model gets.
     """
 
-    rank = 1
+    priority = 1
 
     def __init__(
         self, before: Callable[[Tensor], Tensor] | None = None, after: Callable[[Tensor], Tensor] | None = None
@@ -114,7 +114,7 @@ class Edit:
         return (self.after(output[0]), *output[1:]) if isinstance(output, tuple) else self.after(output)
 
 
-class OnTokens:
+class Select:
     """Run the block on some tokens; the others pass it by.
 
     Args:
@@ -125,7 +125,7 @@ class OnTokens:
         dim: Dimension of the tokens: 1 for (batch, length, width), 0 for (length, batch, width) with (k,) positions.
     """
 
-    rank = 2
+    priority = 2
 
     def __init__(
         self,
@@ -185,7 +185,7 @@ def replace_tokens(hidden: Tensor, tokens: Tensor, at: int = 0) -> Tensor:
 
 
 def attach(blocks: Iterable[nn.Module], owner: str) -> None:
-    """Put an open gate on each block, or join the one that is there. Twice is once.
+    """Put an interceptor without actions on each block, or join the one that is there. Twice is once.
 
     Args:
         blocks: Blocks of one list: what one of them returns tells the form of what the others would.
@@ -194,59 +194,59 @@ def attach(blocks: Iterable[nn.Module], owner: str) -> None:
     blocks = list(blocks)
     form = next((vars(block)[_STATE].form for block in blocks if _STATE in vars(block)), None) or Form()
     for block in blocks:
-        if not isinstance(block, GatedBlock):
-            vars(block)[_STATE] = Gate(form, _hidden_name(block))
-            block.__class__ = _gated(type(block))
-        vars(block)[_STATE].guests.setdefault(owner, ())
+        if not isinstance(block, InterceptedBlock):
+            vars(block)[_STATE] = Interceptor(form, _hidden_name(block))
+            block.__class__ = _intercepted(type(block))
+        vars(block)[_STATE].owners.setdefault(owner, ())
 
 
-def put(block: nn.Module, owner: str, *transforms: Transform) -> None:
-    """Set what ``owner`` does to the block, in place of what it did before. Nothing opens the gate.
+def put(block: nn.Module, owner: str, *actions: Action) -> None:
+    """Set what ``owner`` does to the block, in place of what it did before. Without actions the block is as it was.
 
     Raises:
         KeyError: ``owner`` has not attached itself to the block.
     """
-    gate = vars(block).get(_STATE)
-    if gate is None or owner not in gate.guests:
-        raise KeyError(f"{owner!r} has no gate on this {type(block).__name__}. Call attach first.")
-    gate.guests[owner] = transforms
-    ranked = [transform for own in gate.guests.values() for transform in own]
-    gate.transforms = tuple(sorted(ranked, key=lambda transform: transform.rank))
+    interceptor = vars(block).get(_STATE)
+    if interceptor is None or owner not in interceptor.owners:
+        raise KeyError(f"{owner!r} has no interceptor on this {type(block).__name__}. Call attach first.")
+    interceptor.owners[owner] = actions
+    all_of_them = [action for own in interceptor.owners.values() for action in own]
+    interceptor.actions = tuple(sorted(all_of_them, key=lambda action: action.priority))
 
 
-def transforms(block: nn.Module, owner: str | None = None) -> tuple[Transform, ...]:
+def actions(block: nn.Module, owner: str | None = None) -> tuple[Action, ...]:
     """What acts on the block, in order: all of it, or what ``owner`` put there."""
-    gate = vars(block).get(_STATE)
-    if gate is None:
+    interceptor = vars(block).get(_STATE)
+    if interceptor is None:
         return ()
-    return gate.transforms if owner is None else gate.guests.get(owner, ())
+    return interceptor.actions if owner is None else interceptor.owners.get(owner, ())
 
 
 def detach(blocks: Sequence[nn.Module], owner: str) -> None:
     """Take ``owner`` off. With the last owner gone, a block has its own class again. Twice is once."""
     for block in blocks:
-        gate = vars(block).get(_STATE)
-        if gate is None or owner not in gate.guests:
+        interceptor = vars(block).get(_STATE)
+        if interceptor is None or owner not in interceptor.owners:
             continue
         put(block, owner)
-        del gate.guests[owner]
-        # Where somebody has put a class of his own on top (FSDP2 does), an empty gate stays.
-        if not gate.guests and "eke_plain" in vars(type(block)):
+        del interceptor.owners[owner]
+        # Where somebody has put a class of his own on top (FSDP2 does), an interceptor without owners stays.
+        if not interceptor.owners and "eke_plain" in vars(type(block)):
             block.__class__ = type(block).eke_plain
             del vars(block)[_STATE]
 
 
-class Gate:
+class Interceptor:
     """What one block carries: who acts on it, and how its list returns hidden states."""
 
     def __init__(self, form: Form, hidden_name: str) -> None:
         self.form = form
         self.hidden_name = hidden_name
-        self.guests: dict[str, tuple[Transform, ...]] = {}
-        self.transforms: tuple[Transform, ...] = ()
+        self.owners: dict[str, tuple[Action, ...]] = {}
+        self.actions: tuple[Action, ...] = ()
 
     def run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self.transforms:
+        if not self.actions:
             output = call(*args, **kwargs)
             self.form.learn(output)
             return output
@@ -256,17 +256,17 @@ class Gate:
         return self._run(0, partial(self._by_name, call), kwargs[self.hidden_name], (), others)
 
     def _run(self, depth: int, call: Callable[..., Any], hidden: Tensor, args: Any, kwargs: Any) -> Any:
-        if depth == len(self.transforms):
+        if depth == len(self.actions):
             output = call(hidden, *args, **kwargs)
             self.form.learn(output)
             return output
-        return self.transforms[depth](partial(self._run, depth + 1, call), hidden, args, kwargs, self.form)
+        return self.actions[depth](partial(self._run, depth + 1, call), hidden, args, kwargs, self.form)
 
     def _by_name(self, call: Callable[..., Any], hidden: Tensor, **kwargs: Any) -> Any:
         return call(**{self.hidden_name: hidden}, **kwargs)
 
 
-class GatedBlock:
+class InterceptedBlock:
     """Mixed into the class of a block, on that one instance."""
 
     eke_plain: ClassVar[type[nn.Module]]
@@ -283,15 +283,15 @@ class GatedBlock:
 
 
 @cache
-def _gated(plain: type[nn.Module]) -> type[nn.Module]:
+def _intercepted(plain: type[nn.Module]) -> type[nn.Module]:
     # Under the plain class's name: wrapping policies and printouts go by it.
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    return type(plain.__name__, (GatedBlock, plain), {**names, "eke_plain": plain})
+    return type(plain.__name__, (InterceptedBlock, plain), {**names, "eke_plain": plain})
 
 
 def _new(plain: type[nn.Module], *args: Any) -> nn.Module:
-    gated = _gated(plain)
-    return gated.__new__(gated, *args)
+    intercepted = _intercepted(plain)
+    return intercepted.__new__(intercepted, *args)
 
 
 def _hidden_name(block: nn.Module) -> str:

@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from eke.seams.batch import size
-from eke.seams.losses import Hearing, LossError, hearing
+from eke.seams.losses import Capture, LossError, capture
 from eke.seams.step import muted
 
 
@@ -31,7 +31,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def overheard(pl_module: LightningModule, step: Callable[..., Any], batch: Any, *args: Any) -> Hearing:
+def scoring_pass(pl_module: LightningModule, step: Callable[..., Any], batch: Any, *args: Any) -> Capture:
     """What ``training_step`` gives for a batch, in evaluation mode and without a graph.
 
     Raises:
@@ -39,14 +39,14 @@ def overheard(pl_module: LightningModule, step: Callable[..., Any], batch: Any, 
         BatchError: a batch whose number of samples is not known.
     """
     silent = muted(pl_module), evaluating(pl_module), torch.no_grad()
-    with silent[0], silent[1], silent[2], hearing(size(batch), lambda losses: None, batch) as heard:
+    with silent[0], silent[1], silent[2], capture(size(batch), lambda losses: None, batch) as captured:
         step(batch, *args)
     torch.clear_autocast_cache()
-    heard.check()
-    return heard
+    captured.check()
+    return captured
 
 
-def error_norms(heard: Hearing) -> Tensor:
+def error_norms(captured: Capture) -> Tensor:
     """Length of the gradient of each sample's cross entropy by its logits, (batch,), float32, on the CPU.
 
     Up to a factor that all samples share it bounds the length of the whole gradient: Katharopoulos and Fleuret, ICML
@@ -55,11 +55,11 @@ def error_norms(heard: Hearing) -> Tensor:
     Raises:
         LossError: the loss was no plain cross entropy.
     """
-    logits, target, valid = heard.logits, heard.target, heard.valid
+    logits, target, valid = captured.logits, captured.target, captured.valid
     if logits is None or valid is None:
         raise LossError(
             "The gradient by the logits is known of a plain cross_entropy, outside of compiled code. training_step "
-            f"gave losses by {heard.source or 'nothing'} alone: choose by the loss, or call "
+            f"gave losses by {captured.source or 'nothing'} alone: choose by the loss, or call "
             "F.cross_entropy(logits, classes)."
         )
     logits = logits.float().movedim(1, -1) if logits.ndim > 1 else logits.float()
@@ -67,10 +67,10 @@ def error_norms(heard: Hearing) -> Tensor:
     wrong = logits.softmax(-1)
     if target.is_floating_point():
         target = target.float().movedim(1, -1) if target.ndim > 1 else target.float()
-        wrong = wrong - target * (1 - heard.smoothing) - heard.smoothing / classes
+        wrong = wrong - target * (1 - captured.smoothing) - captured.smoothing / classes
     else:
         place = target.clamp(0, classes - 1).unsqueeze(-1)  # what is ignored counts 0 below
-        wrong = wrong - heard.smoothing / classes
-        wrong.scatter_add_(-1, place, torch.full_like(place, -(1 - heard.smoothing), dtype=wrong.dtype))
+        wrong = wrong - captured.smoothing / classes
+        wrong.scatter_add_(-1, place, torch.full_like(place, -(1 - captured.smoothing), dtype=wrong.dtype))
     squares = wrong.square().sum(-1).reshape(valid.shape) * valid.float()
     return squares.flatten(1).sum(1).sqrt().cpu() if squares.ndim > 1 else squares.sqrt().cpu()
