@@ -1,4 +1,4 @@
-dists  := core bench $(patsubst %/pyproject.toml,%,$(wildcard callbacks/*/pyproject.toml plugins/*/pyproject.toml strategies/*/pyproject.toml))
+dists  := core bench $(patsubst %/pyproject.toml,%,$(wildcard core/*/pyproject.toml callbacks/*/pyproject.toml plugins/*/pyproject.toml strategies/*/pyproject.toml))
 python := .venv/bin/python
 pip    := $(python) -m pip install --quiet --disable-pip-version-check
 
@@ -10,7 +10,7 @@ train: .venv/ready
 
 # Each technique against its baseline and controls, into benchmarks/. Some hours; goes on where it was stopped. SIZE=smoke takes a minute.
 bench: .venv/ready
-	for folder in $(filter-out core,$(dists)); do $(python) $$folder/benchmark.py --size $(or $(SIZE),cpu) --out benchmarks/$(or $(MACHINE),cpu-2core) $(ARGS) || exit 1; done
+	for folder in $(filter-out core core/%,$(dists)); do $(python) $$folder/benchmark.py --size $(or $(SIZE),cpu) --out benchmarks/$(or $(MACHINE),cpu-2core) $(ARGS) || exit 1; done
 
 # Everything but what needs a GPU or takes minutes. One file: make test ARGS=core/tests/test_spec.py
 test: .venv/ready
@@ -33,7 +33,7 @@ isolated: .venv/ready
 
 # Run each technique's contract and write what it passed into its package, for eke list to show.
 certify: .venv/ready
-	for folder in $(filter-out core bench,$(dists)); do OMP_NUM_THREADS=1 $(python) -m pytest -q --certify $$folder/tests || exit 1; done
+	for folder in $(filter-out core core/% bench,$(dists)); do OMP_NUM_THREADS=1 $(python) -m pytest -q --certify $$folder/tests || exit 1; done
 
 # The table of techniques in README.md, from metadata, records and stored measurements.
 table: .venv/ready

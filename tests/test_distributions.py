@@ -22,7 +22,9 @@ DONE_WITHOUT = {"eke": {"numpy", "transformers"}}  # used where they happen to b
 IMPORTED_AS = {"nvidia-ml-py": "pynvml", "pyyaml": "yaml"}  # distributions whose import has another name
 
 technique = pytest.mark.parametrize("folder", TECHNIQUES, ids=lambda folder: folder.name)
-ALL = [REPO / "core", REPO / "bench", *TECHNIQUES]
+PARTS = {"core": "eke", "testing": "eke/testing", "forecast": "eke/forecast"}  # of the package eke
+CORE = [REPO / "core", REPO / "core/testing", REPO / "core/forecast"]
+ALL = [*CORE, REPO / "bench", *TECHNIQUES]
 distribution = pytest.mark.parametrize("folder", ALL, ids=lambda folder: folder.name)
 
 
@@ -35,7 +37,7 @@ def stem(folder):
 
 
 def package(folder):
-    return folder / "src" / ("eke" if folder.name == "core" else f"eke_{stem(folder)}")
+    return folder / "src" / PARTS.get(folder.name, f"eke_{stem(folder)}")
 
 
 def requirements(folder, extras=True):
@@ -129,14 +131,14 @@ def test_every_import_is_declared_and_unconditional_ones_are_no_extras(folder):
         return {IMPORTED_AS.get(one, one).replace("-", "_") for one in stems}
 
     always, optional = names(requirements(folder, extras=False)), names(requirements(folder))
-    own = package(folder).name
+    own = package(folder).relative_to(folder / "src").parts[0]
     for file in package(folder).rglob("*.py"):
         if "_templates" in file.parts:
             continue
-        # eke[testing] as a whole is an extra, and so are the others that a benchmark holds us against
-        kit = (own, file.parent.name) in {("eke", "testing"), ("eke_bench", "subjects")}
+        # those that a benchmark holds us against are extras as a whole
+        subject = (own, file.parent.name) == ("eke_bench", "subjects")
         for name, at_top in imports(file):
-            allowed = (always if at_top and not kit else optional) | {own} | sys.stdlib_module_names
+            allowed = (always if at_top and not subject else optional) | {own} | sys.stdlib_module_names
             allowed |= set() if at_top else DONE_WITHOUT.get(own, set())
             assert name in allowed, f"{file.relative_to(REPO)} imports {name}, which pyproject.toml does not declare"
 

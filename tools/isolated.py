@@ -26,7 +26,7 @@ HERE = Path(sysconfig.get_path("purelib"))
 
 def main(folders: list[str]) -> int:
     """Check each distribution; return the number that failed."""
-    wheels = {name: wheel for name, wheel in map(build, sorted({"core", *folders}))}
+    wheels = {name: wheel for name, wheel in map(build, sorted({"core", "core/testing", "core/forecast", *folders}))}
     failed = [folder for folder in folders if not passes(folder, wheels)]
     print(
         f"{len(folders) - len(failed)} of {len(folders)} stand alone"
@@ -47,18 +47,19 @@ def build(folder: str) -> tuple[str, Path]:
 def passes(folder: str, wheels: dict[str, Path]) -> bool:
     """Whether a distribution's tests pass where only what it declares is installed."""
     start = time.monotonic()
-    name = {"core": "eke", "bench": "eke-bench"}.get(folder, Path(folder).name)
+    name = distribution_of(folder)
     environment = WORK / name
     _run("rm", "-rf", environment)
     _run(sys.executable, "-m", "venv", "--without-pip", environment)
     python = environment / "bin" / "python"
     site = Path(_run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-    ours = {name, "eke"}
+    # The tests need the kit; the core's and the kit's own try the forecast and other techniques where those are there.
+    ours = {name, "eke", "eke-testing"}
     for wheel in (wheels[one] for one in ours):
         _run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel)
     installed = next(one for one in Distribution.discover(path=[str(site)]) if canonicalize_name(one.name) == name)
     roots = [Requirement(text) for text in installed.requires or []]
-    extras = {"testing", "new"} if name == "eke" else {"test"}
+    extras = {"new", "testing"} if name == "eke" else {"test"}
     missing = link(needed(roots, extras, site, ours), site)
     if missing:
         print(f"{folder}: declares {', '.join(missing)}, which this environment does not hold")
@@ -81,6 +82,11 @@ def passes(folder: str, wheels: dict[str, Path]) -> bool:
     if done.returncode:
         print(done.stdout[-6000:], done.stderr[-2000:])
     return done.returncode == 0
+
+
+def distribution_of(folder: str) -> str:
+    """The distribution that lies in a folder of the checkout."""
+    return {"core": "eke"}.get(folder) or "eke-" + Path(folder).name.removeprefix("eke-")
 
 
 def needed(roots: list[Requirement], extras: set[str], site: Path, ours: set[str]) -> dict[str, Distribution | None]:

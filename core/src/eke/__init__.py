@@ -6,6 +6,7 @@ Importing this package imports neither torch nor lightning; what needs them is l
 from __future__ import annotations
 
 from importlib import import_module
+from pkgutil import extend_path
 from typing import TYPE_CHECKING, Any
 
 from eke.registry import available, create, get, trainer_kwargs
@@ -14,6 +15,9 @@ from eke.spec import ConflictError, EkeError, NoEffectWarning, Offer, Technique,
 if TYPE_CHECKING:
     from eke.seams.losses import reduce_loss
     from eke.technique import TechniqueCallback, TechniqueStrategy, load_from_checkpoint, techniques
+
+# eke-testing and eke-forecast are distributions of their own that bring eke.testing and eke.forecast.
+__path__ = extend_path(__path__, __name__)
 
 _LAZY = dict.fromkeys(("TechniqueCallback", "TechniqueStrategy", "load_from_checkpoint", "techniques"), "eke.technique")
 _LAZY["reduce_loss"] = "eke.seams.losses"

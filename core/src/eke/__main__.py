@@ -48,13 +48,6 @@ def _parser(words: list[str]) -> tuple[argparse.ArgumentParser, dict[str, list[E
     )
     command.set_defaults(run=_check)
 
-    command = commands.add_parser("forecast", help="a step's memory before launch, and what fits on a card")
-    if words[:1] == ["forecast"]:  # its arguments come with what they need
-        from eke.cli import forecast
-
-        forecast.add_arguments(command)
-        command.set_defaults(run=forecast.run)
-
     command = commands.add_parser("new", help="a technique or a project from a template")
     command.add_argument("template", choices=["technique", "project"])
     command.add_argument("--output", metavar="DIR", default=".", help="where to write it (default: here)")

@@ -13,11 +13,18 @@ from typing import Any
 
 from eke import recipe, registry
 from eke.cli import columns
-from eke.fitting import Change, Setup, largest_batch, make_fit
-from eke.forecast import CAUSES, Forecast, first_size
+from eke.forecast.dry_run import CAUSES, Forecast, first_size
+from eke.forecast.fitting import Change, Setup, largest_batch, make_fit
 from eke.spec import EkeError
 
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "G": 2**30}
+
+
+def main(words: list[str]) -> int:
+    """The command: its words to its exit code."""
+    parser = argparse.ArgumentParser(prog="eke forecast", description="A step's memory before launch, and what fits.")
+    add_arguments(parser)
+    return run(parser.parse_args(words))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,7 +170,7 @@ def draw(bars: list[tuple[str, Forecast]], card: int | None, file: Path) -> None
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise EkeError("--png needs matplotlib: pip install 'eke[forecast]'.") from None
+        raise EkeError("--png needs matplotlib: pip install 'eke-forecast[png]'.") from None
     figure = Figure(figsize=(8, 1.6 + 0.45 * len(bars)), layout="constrained")
     axes = figure.add_subplot()
     names = [name for name, _ in bars]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from lightning.pytorch import Callback
-
 from eke.measure import OperatorCounter
+from lightning.pytorch import Callback
 
 
 class Count(Callback):

@@ -18,15 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule
-
 from eke import EkeError, Technique, registry
 from eke.testing import count, run
 from eke.testing.compare import assert_same, class_attributes, copied, differences, footprint
 from eke.testing.data import BATCH
 from eke.testing.models import STEPS, TinyBlocks, TinyModel, tensors
 from eke.testing.ranks import run_alone, run_ranks
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule
 
 REFUSALS = (MisconfigurationException, ValueError, EkeError)
 

@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-
 from eke import ConflictError, registry
 from eke.testing.compare import checksum, copied, local, random_state
 from eke.testing.data import BATCH, Loader
 from eke.testing.models import STEPS, tensors
 from eke.testing.ranks import die, run_alone
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 EPOCHS = 3
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import pytest
-
 from eke.testing import checks
 from eke.testing.data import shuffled
 from eke.testing.models import SHAPES, STEPS, TinyBlocks, TinyGPT2, TinyModel
@@ -136,7 +135,6 @@ class CallbackContract:
         checks.pickles_and_copies(self.subject())
 
     def test_a_command_line_builds_it(self) -> None:
-        pytest.importorskip("jsonargparse", reason="jsonargparse is not installed: pip install 'eke[testing]'")
         checks.a_command_line_builds_it(self.subject())
 
     def test_it_fits_twice_validates_and_tests(self) -> None:

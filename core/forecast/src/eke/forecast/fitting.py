@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from eke import registry
-from eke.forecast import Forecast, ForecastError, forecast
+from eke.forecast.dry_run import Forecast, ForecastError, forecast
 from eke.spec import COSTS, EkeError, Offer
 
 

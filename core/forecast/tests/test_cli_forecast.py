@@ -4,7 +4,7 @@ import sys
 
 import pytest
 from eke.__main__ import main
-from eke.cli.forecast import human, size
+from eke.forecast.cli import human, size
 
 BUILD = """
 import torch

@@ -6,8 +6,8 @@ import eke
 import pytest
 import torch
 from eke import compat, measure, registry
-from eke.fitting import Setup, changes, largest_batch, make_fit
 from eke.forecast import RUN, ForecastError, batches, forecast, resized
+from eke.forecast.fitting import Setup, changes, largest_batch, make_fit
 from eke.testing import build_example, example_model, run_ranks
 from eke.testing import run as kit
 from eke.testing.models import SHAPES, TinyBlocks, TinyGPT2, TinyViT

@@ -18,6 +18,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from eke import compat
+from eke.spec import EkeError
+from eke.technique import TechniqueCallback
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
@@ -30,10 +33,6 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, Dataset
-
-from eke import compat
-from eke.spec import EkeError
-from eke.technique import TechniqueCallback
 
 CAUSES = ("parameters", "gradients", "optimizer", "activations", "temporary")
 STEPS = 2  # of a dry run: the first makes the optimizer's states

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
+from eke.testing.data import BATCH, CLASSES, LENGTH, PIXELS, VOCABULARY, Images, Loader, Tokens
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
-
-from eke.testing.data import BATCH, CLASSES, LENGTH, PIXELS, VOCABULARY, Images, Loader, Tokens
 
 WIDTH = 16
 LAYERS = 4

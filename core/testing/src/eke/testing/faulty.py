@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from eke import Technique
+from eke.technique import TechniqueCallback
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.optim import Optimizer
-
-from eke import Technique
-from eke.technique import TechniqueCallback
 
 RECORD = Technique(
     name="gradient_noise",
