@@ -1,4 +1,4 @@
-"""What a training step will need, before it is launched: a dry run that computes nothing, and what would make it fit."""
+"""What a step will need, before it is launched: a dry run that computes nothing, and what would make it fit."""
 
 from eke.forecast.dry_run import CAUSES, RUN, Forecast, ForecastError, batches, first_size, forecast, resized
 
