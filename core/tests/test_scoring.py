@@ -1,5 +1,6 @@
 """A look at a batch: what it gives, and that it leaves no trace."""
 
+import copy
 from collections import namedtuple
 
 import pytest
@@ -60,6 +61,19 @@ def test_a_look_leaves_no_trace():
     assert model.layers[1].training
     assert not model.layers[2].training
     assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_a_look_in_training_mode_has_dropout_and_leaves_running_statistics():
+    model = Model()
+    batch = (torch.randn(64, 4), torch.arange(64) % 3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(1)
+    captured = scoring_pass(model, model.training_step, batch, training=True)
+    torch.manual_seed(1)
+    wanted = F.cross_entropy(copy.deepcopy(model.layers)(batch[0]), batch[1], reduction="none")
+    assert torch.allclose(captured.losses, wanted)
+    assert not torch.allclose(captured.losses, scoring_pass(model, model.training_step, batch).losses)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_gradients_survive_a_look_under_autocast():

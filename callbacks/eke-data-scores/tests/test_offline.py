@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from eke_data_scores import Pruned, Scores, choose, el2n, embed, kmeans, prototypes, redundancy, score
+from eke_data_scores import Pruned, Scores, choose, cross_scores, el2n, embed, kmeans, prototypes, redundancy, score
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.func import functional_call, grad, vmap
@@ -58,6 +58,27 @@ def test_loss_and_el2n_by_a_trained_model(data):
     assert torch.allclose(score(model, data, "el2n").values, el2n(logits, data.tensors[1]).double(), atol=1e-6)
     with pytest.raises(ValueError, match="none of"):
         score(model, data, "guess")
+
+
+class Positional(Classifier):
+    """The index of the batch under another name, as Lightning allows it."""
+
+    def training_step(self, batch, i):
+        assert isinstance(i, int)
+        return super().training_step(batch, i)
+
+
+class BatchAlone(Classifier):
+    def training_step(self, batch):
+        return super().training_step(batch, 0)
+
+
+@pytest.mark.parametrize("kind", ["loss", "el2n", "grand"])
+@pytest.mark.parametrize("model", [Positional, BatchAlone])
+def test_a_step_is_called_as_lightning_calls_it(data, model, kind):
+    wanted = score(Classifier(), data, kind).values
+    assert torch.equal(score(model(), data, kind).values, wanted)
+    assert cross_scores(lambda half: model(), data, kind).values.allclose(wanted, atol=1e-6)
 
 
 def test_kmeans_finds_what_lies_apart():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from eke import EkeError
 from eke.seams.scores import Scores
 from eke_rho_loss import RhoLoss, cross_scores, reducible
 from lightning.pytorch import LightningModule, Trainer
@@ -119,6 +120,24 @@ def test_files_of_other_scores_or_data_and_streams_are_refused(tmp_path, data):
     assert len(fit(RhoLoss("zero", 0.25), Stream(), 1).seen) == 100  # the highest losses need no numbers
 
 
-def test_a_share_outside_its_range_is_refused():
+@pytest.mark.parametrize("look", ["evaluation", "training"])
+def test_the_look_is_in_the_mode_that_is_asked_for(data, look):
+    modes = []
+
+    class Modes(Classifier):
+        def training_step(self, batch, i):
+            modes.append((torch.is_grad_enabled(), self.layer.training))
+            return super().training_step(batch, i)
+
+    options = {"max_steps": 2, "callbacks": [RhoLoss("zero", 0.25, look=look)], "enable_checkpointing": False}
+    Trainer(**options, **QUIET).fit(Modes(), DataLoader(data, 40))
+    assert modes == [(False, look == "training"), (True, True)] * 2
+
+
+def test_arguments_outside_their_range_are_refused():
     with pytest.raises(ValueError, match="keep=0"):
+        RhoLoss("zero", 0)
+    with pytest.raises(ValueError, match="look='eval' is none of: evaluation, training"):
+        RhoLoss("zero", look="eval")
+    with pytest.raises(EkeError):
         RhoLoss("zero", 0)

@@ -141,11 +141,24 @@ def test_delayed_scaling_follows_the_largest_of_its_history():
     assert arithmetic.operand(x, "input", 1, True).tolist() == [[448.0, 1.0]]  # the first step has scale 1
     arithmetic.update(arithmetic.seen)
     assert arithmetic.scales.tolist() == [pytest.approx(448 / 1000 / 2), 1.0, 1.0]
-    for size in (10.0, torch.inf, 20.0):
+    for size in (10.0, 20.0):
         arithmetic.update(torch.tensor([size, 0.0, 0.0]))
     assert arithmetic.scales[0] == pytest.approx(448 / 20 / 2)
     assert arithmetic.operand(x, "input", 1, False) is not None
     assert (arithmetic.seen == 0).all()  # nothing is noted in evaluation
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_the_scale_stays_while_its_history_holds_a_size_that_is_not_finite(bad):
+    """As Transformer Engine's: neither the other sizes of the window nor the new ones move it before the bad one leaves."""
+    arithmetic = Arithmetic("delayed", history=3)
+    scales = []
+    for size in (2.0, 8.0, bad, 4.0, 1.0, 1.0, 1.0):
+        arithmetic.update(torch.tensor([0.0, size, 3.0]))
+        scales.append(float(arithmetic.scales[1]))
+    assert scales == [pytest.approx(448 / size) for size in (2, 8, 8, 8, 8, 4, 1)]
+    assert arithmetic.scales[0] == 1  # only zeros were seen
+    assert arithmetic.scales[2] == pytest.approx(57344 / 3)  # the other roles go on
 
 
 def test_scales_are_finite_for_zeros():

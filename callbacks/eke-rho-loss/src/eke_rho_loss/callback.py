@@ -7,10 +7,10 @@ Not Yet Learnt", ICML 2022, https://arxiv.org/abs/2206.07137, equation 3 and alg
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
-from eke import Technique, TechniqueCallback
+from eke import EkeError, Technique, TechniqueCallback
 from eke.seams.batch import rows
 from eke.seams.samples import Samples
 from eke.seams.scores import Scores, check_data
@@ -21,6 +21,10 @@ from torch import Tensor
 from eke_rho_loss.entry import RECORD
 
 ZERO = "zero"
+
+
+class RhoLossError(EkeError, ValueError):
+    """An argument, or a file of losses, by which samples cannot be chosen."""
 
 
 def reducible(losses: Tensor, irreducible: Tensor, count: int) -> Tensor:
@@ -54,19 +58,25 @@ class RhoLoss(TechniqueCallback):
             (``score``), or from two models, each trained on one half (``cross_scores``). The word
             ``"zero"`` takes them as 0: the highest losses alone are chosen, wrong labels first. It is the control.
         keep: Share of a batch that is trained on.
+        look: In which mode the samples' losses are taken: ``"evaluation"``, without dropout, or ``"training"``, as the
+            authors' code has it by default.
 
     Raises:
-        ValueError: a share outside its range; a file that is damaged, of other data, or of other scores than losses;
+        ValueError: a share outside its range; another mode; a file that is damaged, of other data, or of other scores than losses;
             losses that cannot be followed back to the samples.
         SamplesError: with a file, data without numbers: iterable datasets, several loaders.
     """
 
     technique: ClassVar[Technique] = RECORD
 
-    def __init__(self, file: str | Path, keep: float = 0.1) -> None:
+    def __init__(
+        self, file: str | Path, keep: float = 0.1, *, look: Literal["evaluation", "training"] = "evaluation"
+    ) -> None:
+        if look not in ("evaluation", "training"):
+            raise RhoLossError(f"look={look!r} is none of: evaluation, training.")
         if not 0 < keep <= 1:
-            raise ValueError(f"keep={keep}: give a share of the batch, above 0 and at most 1.")
-        self.file, self.keep = str(file), keep
+            raise RhoLossError(f"keep={keep}: give a share of the batch, above 0 and at most 1.")
+        self.file, self.keep, self.look = str(file), keep, look
         self._reset()
 
     def _reset(self) -> None:
@@ -87,7 +97,7 @@ class RhoLoss(TechniqueCallback):
         scores = Scores.load(self.file)
         check_data(scores, loader.dataset, self.file)
         if scores.kind != "loss" or not bool(scores.values.isfinite().all()):
-            raise ValueError(
+            raise RhoLossError(
                 f"{self.file} holds {scores.kind} scores; RHO-LOSS compares losses with finite losses. Write them with "
                 "eke_rho_loss.score(model, data, 'loss'), or with cross_scores."
             )
@@ -101,7 +111,7 @@ class RhoLoss(TechniqueCallback):
     def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
         if self.keep == 1:
             return call_next(batch, *args)
-        losses = scoring_pass(self._module, call_next, batch, *args).losses
+        losses = scoring_pass(self._module, call_next, batch, *args, training=self.look == "training").losses
         irreducible = torch.zeros(len(losses))
         if self.file != ZERO:
             irreducible = self._irreducible[self._samples.batch()]

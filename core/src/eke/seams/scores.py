@@ -11,7 +11,6 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ from torch.utils.data import DataLoader, Subset
 
 from eke.seams.batch import rows, size
 from eke.seams.scoring import error_norms, evaluating, scoring_pass
-from eke.seams.step import muted
+from eke.seams.step import muted, step_arguments
 from eke.spec import EkeError
 
 Collate = Callable[[list[Any]], Any]
@@ -171,7 +170,7 @@ def score(
     found: list[Tensor] = []
     for batch_idx, batch in enumerate(DataLoader(dataset, batch_size, collate_fn=collate_fn)):
         batch = move_data_to_device(batch, device)
-        arguments = (batch_idx,) if "batch_idx" in signature(pl_module.training_step).parameters else ()
+        batch, *arguments = step_arguments(pl_module, batch, batch_idx)
         if kind == "grand":
             found += _lengths(pl_module, batch, *arguments)
         else:

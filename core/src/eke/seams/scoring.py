@@ -31,14 +31,35 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def scoring_pass(pl_module: LightningModule, step: Callable[..., Any], batch: Any, *args: Any) -> Capture:
-    """What ``training_step`` gives for a batch, in evaluation mode and without a graph.
+@contextmanager
+def statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Running statistics of normalizations are as before afterwards, whatever ran inside."""
+    kept = [
+        (buffer, buffer.clone())
+        for part in module.modules()
+        if getattr(part, "track_running_stats", False)
+        for buffer in part.buffers(recurse=False)
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
+
+
+def scoring_pass(
+    pl_module: LightningModule, step: Callable[..., Any], batch: Any, *args: Any, training: bool = False
+) -> Capture:
+    """What ``training_step`` gives for a batch, without a graph: in evaluation mode, or in the modes that the model is in,
+    with dropout drawn from the global random state and running statistics that stay.
 
     Raises:
         LossError: losses that cannot be followed back to the samples.
         BatchError: a batch whose number of samples is not known.
     """
-    silent = muted(pl_module), evaluating(pl_module), torch.no_grad()
+    mode = statistics_kept(pl_module) if training else evaluating(pl_module)
+    silent = muted(pl_module), mode, torch.no_grad()
     with silent[0], silent[1], silent[2], capture(size(batch), lambda losses: None, batch) as captured:
         step(batch, *args)
     torch.clear_autocast_cache()

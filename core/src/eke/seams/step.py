@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from inspect import signature
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -39,6 +39,12 @@ def muted(pl_module: LightningModule) -> Iterator[None]:
                 vars(pl_module)[name] = value
 
 
+def step_arguments(pl_module: LightningModule, batch: Any, batch_idx: int) -> tuple[Any, ...]:
+    """What Lightning would call ``training_step`` with: the index of the batch goes to a second argument of any name."""
+    takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
+    return (batch, batch_idx) if takes_index else (batch,)
+
+
 def replay(trainer: Trainer, pl_module: LightningModule, window: list[tuple[Any, int]], scale: float = 1.0) -> None:
     """Run forward and backward again over the batches of an accumulation window, adding to ``.grad``.
 
@@ -50,11 +56,9 @@ def replay(trainer: Trainer, pl_module: LightningModule, window: list[tuple[Any,
         scale: The gradient scaler's factor, 1 without one. The gradients carry it.
     """
     accumulate = len(window)
-    takes_index = "batch_idx" in signature(pl_module.training_step).parameters
     for i, (batch, batch_idx) in enumerate(window):
         last = i == accumulate - 1
         with muted(pl_module), nullcontext() if last else no_sync(trainer):
-            arguments = (batch, batch_idx) if takes_index else (batch,)
-            output = trainer.strategy.training_step(*arguments)
+            output = trainer.strategy.training_step(*step_arguments(pl_module, batch, batch_idx))
             loss = output if isinstance(output, torch.Tensor) else output["loss"]
             trainer.precision_plugin.backward(loss / trainer.accumulate_grad_batches * scale, pl_module, None)

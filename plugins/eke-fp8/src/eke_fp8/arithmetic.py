@@ -220,15 +220,20 @@ class Arithmetic:
         return self.scales[role]
 
     def update(self, seen: Tensor) -> None:
-        """Delayed scaling: take the largest sizes of a step, (3,), into the history and follow it."""
+        """Delayed scaling: take the largest sizes of a step, (3,), into the history and follow it.
+
+        While a size in the history is infinite or NaN, the scale stays what it was.
+
+        Source:
+            Transformer Engine, ``delayed_scaling.cu``.
+        """
         if self.past is None:
             self.past = seen.new_zeros(self.history, 3)
-        sane = torch.where(seen.isfinite(), seen, 0.0)  # a step that overflowed says nothing
-        self.past = torch.cat([sane[None], self.past[:-1].to(seen)])
+        self.past = torch.cat([seen[None], self.past[:-1].to(seen)])
         largest, recipe = self.past.amax(0), RECIPES[self.recipe]
         formats = (recipe.forward, recipe.forward, recipe.backward)
         found = torch.stack([scale_for(one, dtype) for one, dtype in zip(largest, formats, strict=True)])
-        self.scales = torch.where(largest > 0, found / 2**self.margin, self.scales.to(seen))
+        self.scales = torch.where((largest > 0) & largest.isfinite(), found / 2**self.margin, self.scales.to(seen))
         self.seen = torch.zeros_like(seen)
 
     def state_dict(self) -> dict[str, Any]:

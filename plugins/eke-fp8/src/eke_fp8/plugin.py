@@ -242,6 +242,7 @@ class FP8(TechniqueCallback):
     def _update(self, trainer: Trainer, pl_module: LightningModule) -> None:
         layers = list(self._with_memory(pl_module).values())
         seen = torch.stack([layer.seen.to(pl_module.device) for layer in layers])
+        seen = seen.masked_fill(seen.isnan(), torch.inf)  # a maximum over processes may lose a NaN
         if trainer.world_size > 1:
             torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
         for layer, largest in zip(layers, seen, strict=True):
