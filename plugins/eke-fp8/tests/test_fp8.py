@@ -150,7 +150,7 @@ def test_delayed_scaling_follows_the_largest_of_its_history():
 
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
 def test_the_scale_stays_while_its_history_holds_a_size_that_is_not_finite(bad):
-    """As Transformer Engine's: neither the other sizes of the window nor the new ones move it before the bad one leaves."""
+    """As Transformer Engine's: neither the window's other sizes nor the new ones move it before the bad one leaves."""
     arithmetic = Arithmetic("delayed", history=3)
     scales = []
     for size in (2.0, 8.0, bad, 4.0, 1.0, 1.0, 1.0):

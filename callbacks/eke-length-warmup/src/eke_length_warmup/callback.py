@@ -6,16 +6,17 @@ NeurIPS 2022, https://arxiv.org/abs/2108.06084, section 4. Survey section 2.1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import isfinite
 from typing import Any, ClassVar, Literal
 
+import torch
 from eke import Technique, TechniqueCallback
-from eke.seams import batch as batches
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
 
 from eke_length_warmup.entry import RECORD
+from eke_length_warmup.sequence import LengthError, cut, divide, find_sequences, row_length
 
 
 def length_at(step: float, duration: float, start: int, full: int, multiple: int) -> int:
@@ -33,37 +34,35 @@ def length_at(step: float, duration: float, start: int, full: int, multiple: int
     return min(full, max(start, int(length) // multiple * multiple))
 
 
-def shorten(batch: Any, length: int) -> Any:
-    """Cut every sequence of a batch, in whatever container, to its first ``length`` tokens."""
-    full = sequence_length(batch)
-    return batches.mapped(batch, lambda tensor: _cut(tensor, full, length))
+def token_progress(
+    total: int,
+    duration: float,
+    start: int,
+    full: int,
+    multiple: int = 8,
+    mode: Literal["truncate", "reshape"] = "truncate",
+) -> list[float]:
+    """Share of a run's tokens that are through before each of its steps, and after the last: ``total + 1`` numbers.
 
+    For a learning rate that decays by tokens and not by steps, as the authors'::
 
-def split(batch: Any, length: int) -> Any:
-    """Split every sequence into rows of ``length`` tokens; a rest that fills no row is left out.
+        done = token_progress(total, 0.3 * total, start=64, full=1024)
+        LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * done[step])))
 
-    Raises:
-        ValueError: a tensor has one entry a sample, or an attention mask of pairs: neither can be split.
+    Args:
+        total: Optimizer steps of the run.
+        duration, start, full, multiple, mode: As of :class:`LengthWarmup`, ``duration`` in optimizer steps.
+
+    Source:
+        Li et al. 2022, section 4: "token-wise" decay.
     """
-    full = sequence_length(batch)
-    return batches.mapped(batch, lambda tensor: _rows(tensor, full, length))
-
-
-def sequence_length(batch: Any) -> int:
-    """Length of a batch's sequences: the second dimension of its token ids, whole numbers of shape (batch, length).
-
-    Raises:
-        ValueError: there are none, or of several lengths.
-    """
-    tensors = list(batches.tensors(batch))
-    lengths = {tensor.shape[1] for tensor in tensors if tensor.ndim == 2 and not tensor.is_floating_point()}
-    if len(lengths) != 1:
-        shapes = ", ".join(f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for tensor in tensors)
-        raise ValueError(
-            f"LengthWarmup found no single length of sequences in a batch of {shapes or 'no tensors'}: it needs token "
-            "ids, whole numbers of shape (batch, length), all of one length. Leave it out here."
-        )
-    return lengths.pop()
+    done = [0]
+    for step in range(total):
+        length = length_at(step, duration, start, full, multiple)
+        if mode == "reshape":  # all rows of a sequence
+            length = full - full % row_length(length, full)
+        done.append(done[-1] + length)
+    return [tokens / done[-1] for tokens in done]
 
 
 class LengthWarmup(TechniqueCallback):
@@ -77,12 +76,14 @@ class LengthWarmup(TechniqueCallback):
         start: Tokens of a sequence at the first step. Sequences that are no longer stay as they are.
         duration: When the full length is reached: a share of the run, between 0 and 1, or a number of optimizer steps.
         multiple: Lengths are rounded down to a multiple of this. Each length is a graph for ``torch.compile``.
-        mode: ``"truncate"``: the rest of a sequence is left out, so that a step sees fewer tokens and takes less time.
-            ``"reshape"``: a sequence is split into several, so that a step sees as many tokens, and only attention
-            costs less.
+        mode: ``"truncate"``: a window of each sequence, so that a step sees fewer tokens and takes less time.
+            ``"reshape"``: a sequence is split into even rows that are no longer, so that a step sees all tokens but
+            fewer than one for each row, and only attention costs less. Their length need be no multiple.
+        sequence: Names or places of what goes by token in a batch, such as ``["input_ids", "labels"]`` or ``[0, 1]``.
+            By default the token ids and what is known to go with them.
 
     Raises:
-        ValueError: numbers that make no schedule; a batch without token ids.
+        ValueError: numbers that make no schedule; a batch without token ids; a step that fails on a part of a batch.
         MisconfigurationException: a share of a run of unknown length.
     """
 
@@ -95,16 +96,25 @@ class LengthWarmup(TechniqueCallback):
         duration: float = 0.3,
         multiple: int = 8,
         mode: Literal["truncate", "reshape"] = "truncate",
+        sequence: Sequence[str | int] | None = None,
     ) -> None:
         if start < 2 or multiple < 1:
-            raise ValueError(f"start={start}, multiple={multiple}: give 2 tokens or more, and a multiple of 1 or more.")
+            raise LengthError(
+                f"start={start}, multiple={multiple}: give 2 tokens or more, and a multiple of 1 or more."
+            )
         if duration <= 0 or (duration > 1 and duration != int(duration)):
-            raise ValueError(f"duration={duration}: give a share of the run between 0 and 1, or optimizer steps.")
+            raise LengthError(f"duration={duration}: give a share of the run between 0 and 1, or optimizer steps.")
         if mode not in ("truncate", "reshape"):
-            raise ValueError(f"mode={mode!r} is none of: truncate, reshape.")
+            raise LengthError(f"mode={mode!r} is none of: truncate, reshape.")
+        if isinstance(sequence, str) or (sequence is not None and not len(sequence)):
+            raise LengthError(
+                f"sequence={sequence!r}: give a list of names or places, such as ['input_ids', 'labels']."
+            )
         self.start, self.duration, self.multiple, self.mode = start, duration, multiple, mode
+        self.sequence = sequence
         self._steps = 0.0
         self._length = 0
+        self._left: list[str] = []  # parts of this batch that are as long as its sequence and stay whole
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._steps = self.duration
@@ -118,32 +128,31 @@ class LengthWarmup(TechniqueCallback):
             self._steps = self.duration * total
 
     def alter_batch(self, batch: Any) -> Any:
+        self._length, self._left = 0, []
         if self.progress.steps >= self._steps:
-            self._length = 0
             return batch
-        full = sequence_length(batch)
-        self._length = length_at(self.progress.steps, self._steps, self.start, full, self.multiple)
-        if self._length == full:
+        found = find_sequences(batch, self.sequence)
+        length = length_at(self.progress.steps, self._steps, self.start, found.length, self.multiple)
+        self._length = length if self.mode == "truncate" else row_length(length, found.length)
+        if self._length == found.length:
             return batch
-        return (shorten if self.mode == "truncate" else split)(batch, self._length)
+        self._left = found.left
+        return (cut if self.mode == "truncate" else divide)(batch, found, length)
+
+    def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
+        if not self._left:
+            return call_next(batch, *args)
+        try:
+            return call_next(batch, *args)
+        except (RuntimeError, ValueError, IndexError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            left = ", ".join(self._left)
+            raise LengthError(
+                f"The step failed on sequences of {self._length} tokens: {error} LengthWarmup left {left} whole, "
+                "which has as many entries but is not known to go by token. If it does, name all that do: "
+                "LengthWarmup(sequence=['input_ids', 'labels', ...])."
+            ) from error
 
     def step_kind(self) -> str:
         return f"length {self._length}" if self._length else "full length"
-
-
-def _cut(tensor: Tensor, full: int, length: int) -> Tensor:
-    if tensor.ndim >= 2 and tensor.shape[1] == full:
-        tensor = tensor[:, :length]
-    if tensor.ndim == 4 and tensor.shape[-2:] == (full, full):  # an attention mask of pairs
-        tensor = tensor[..., :length, :length]
-    return tensor
-
-
-def _rows(tensor: Tensor, full: int, length: int) -> Tensor:
-    if tensor.ndim < 2 or tensor.shape[1] != full:
-        raise ValueError(
-            f"LengthWarmup(mode='reshape') makes several sequences of one, and the batch has a tensor of shape "
-            f"{tuple(tensor.shape)}, which is not one entry a token. Use mode='truncate'."
-        )
-    rows = full // length
-    return tensor[:, : rows * length].reshape(tensor.shape[0] * rows, length, *tensor.shape[2:])

@@ -62,8 +62,8 @@ class RhoLoss(TechniqueCallback):
             authors' code has it by default.
 
     Raises:
-        ValueError: a share outside its range; another mode; a file that is damaged, of other data, or of other scores than losses;
-            losses that cannot be followed back to the samples.
+        ValueError: a share outside its range; another mode; a file that is damaged, of other data, or of other scores
+            than losses; losses that cannot be followed back to the samples.
         SamplesError: with a file, data without numbers: iterable datasets, several loaders.
     """
 

@@ -51,8 +51,11 @@ def statistics_kept(module: nn.Module) -> Iterator[None]:
 def scoring_pass(
     pl_module: LightningModule, step: Callable[..., Any], batch: Any, *args: Any, training: bool = False
 ) -> Capture:
-    """What ``training_step`` gives for a batch, without a graph: in evaluation mode, or in the modes that the model is in,
-    with dropout drawn from the global random state and running statistics that stay.
+    """What ``training_step`` gives for a batch, in evaluation mode and without a graph.
+
+    Args:
+        training: In the modes that the model is in, instead: dropout draws from the global random state, and running
+            statistics stay what they were.
 
     Raises:
         LossError: losses that cannot be followed back to the samples.

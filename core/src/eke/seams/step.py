@@ -40,7 +40,7 @@ def muted(pl_module: LightningModule) -> Iterator[None]:
 
 
 def step_arguments(pl_module: LightningModule, batch: Any, batch_idx: int) -> tuple[Any, ...]:
-    """What Lightning would call ``training_step`` with: the index of the batch goes to a second argument of any name."""
+    """What Lightning would call ``training_step`` with: the batch's index goes to a second argument of any name."""
     takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
     return (batch, batch_idx) if takes_index else (batch,)
 
