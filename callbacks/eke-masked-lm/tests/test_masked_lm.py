@@ -1,15 +1,29 @@
 """What masking promises: the papers' shares, whole words, spans, MASS's own example, and a head that loses nothing."""
 
 from collections import UserDict, namedtuple
+from itertools import groupby
+from random import Random
 
 import pytest
 import torch
 from eke.testing import TinyBlocks, fit, hugging_face
 from eke.testing.data import VOCABULARY, Tokens
-from eke_masked_lm import MASS, MaskedLM, choose_spans, choose_tokens, choose_words, corrupt, hide_span, words_of
+from eke_masked_lm import (
+    MASS,
+    MaskedLM,
+    MaskingError,
+    choose_spans,
+    choose_tokens,
+    choose_words,
+    corrupt,
+    hide_span,
+    span_lengths,
+    words_of,
+)
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 MASK, PAD, CLS = 103, 0, 101
 SIZE = 1000
@@ -73,21 +87,123 @@ def test_words_begin_where_a_token_does_not_go_on():
     ]
 
 
-def test_spans_spend_the_budget_on_neighbours_that_get_one_treatment():
+def test_a_word_that_no_budget_has_room_for_is_hidden_all_the_same():
+    """Words of 7 and 5 tokens, and a budget of 2: the shortest is hidden, the first of them where several are."""
+    words = torch.tensor([[0] * 7 + [1] * 5, [0] * 6 + [1] * 6]).repeat(200, 1)
+    hidden = choose_words(torch.ones_like(words, dtype=torch.bool), words, 0.15, numbers())
+    assert (hidden[::2] == (words[::2] == 1)).all()
+    assert (hidden[1::2].sum(1) == 6).all()
+    first = hidden[1::2, 0].float().mean()
+    assert abs(first - 0.5) < 4 * (0.25 / 200) ** 0.5
+    nothing = torch.zeros_like(words, dtype=torch.bool)
+    assert not choose_words(nothing, words, 0.15, numbers()).any()
+
+
+def test_the_lengths_of_spans_are_geometric_given_that_they_are_ten_at_most():
+    count = 200_000
+    found = torch.bincount(span_lengths(count, numbers()), minlength=11)[1:].double() / count
+    wanted = torch.tensor([0.2 * 0.8 ** (n - 1) for n in range(1, 11)], dtype=torch.float64)
+    wanted = wanted / wanted.sum()
+    assert (found - wanted).abs().max() < 4 * (0.25 / count) ** 0.5
+    assert wanted[-1] == pytest.approx(0.030, abs=5e-4)  # cut at 10 in place of that, it would be 0.134
+    mean = float((wanted * torch.arange(1, 11)).sum())
+    assert mean == pytest.approx(3.797, abs=1e-3)
+    other = span_lengths(count, numbers(1), 4, 0.5).double()
+    assert abs(other.mean() - (0.5 + 2 * 0.25 + 3 * 0.125 + 4 * 0.0625) / 0.9375) < 4 / count**0.5
+
+
+def test_spans_spend_the_budget_and_neighbours_get_one_treatment():
     ids = text(300, 200)
-    hidden, spans = choose_spans(torch.ones_like(ids, dtype=torch.bool), 0.15, numbers())
+    hidden, runs = choose_spans(torch.ones_like(ids, dtype=torch.bool), 0.15, numbers())
     assert (hidden.sum(1) == 30).all()
-    out = corrupt(ids, hidden, MASK, SIZE, numbers(3), groups=spans)
-    sizes = []
+    assert torch.equal(runs > 0, hidden)
+    out = corrupt(ids, hidden, MASK, SIZE, numbers(3), groups=runs)
     for row in range(300):
-        for number in spans[row].unique().tolist()[1:]:
-            places = (spans[row] == number).nonzero()[:, 0]
-            sizes.append(len(places))
+        for number in runs[row].unique().tolist()[1:]:
+            places = (runs[row] == number).nonzero()[:, 0]
             assert (places.diff() == 1).all()
+            assert places[0] == 0 or not hidden[row, places[0] - 1]
             assert len(set((out[row, places] == MASK).tolist())) == 1
-    assert max(sizes) <= 10
-    # Geo(0.2) cut at 10 has mean (1 - 0.8^10) / 0.2 = 4.46; the last span of a sequence is cut to what is left
-    assert 3.3 < sum(sizes) / len(sizes) < 4.6
+    masked = (out == MASK)[hidden].float().mean()
+    assert abs(masked - 0.8) < 4 * (0.16 * 300 * 7) ** 0.5 / (300 * 7)  # about 7 runs a sequence
+
+
+def authors_spans(words, count, draw):
+    """The authors' loop over one text, word by word, as an oracle: the set of hidden places."""
+    hidden, lengths = set(), range(1, 11)
+    weights = [0.2 * 0.8 ** (n - 1) for n in lengths]
+    while len(hidden) < count:
+        size, anchor = draw.choices(lengths, weights)[0], draw.randrange(len(words))
+        if anchor in hidden:
+            continue
+        for place, word in enumerate(words):
+            if words[anchor] <= word < words[anchor] + size and len(hidden) < count:
+                hidden.add(place)
+    return hidden
+
+
+def runs_of(hidden):
+    """Lengths of the runs of hidden tokens in all rows, counted up to 12, by row: (12,)."""
+    counts = torch.zeros(12, dtype=torch.float64)
+    for row in hidden.tolist():
+        for value, group in groupby(row):
+            if value:
+                counts[min(len(list(group)), 12) - 1] += 1
+    return counts / len(hidden)
+
+
+@pytest.mark.parametrize("sizes", [[1], [1, 2, 3]])
+def test_spans_are_distributed_as_the_authors_own(sizes):
+    words = torch.arange(60).repeat_interleave(torch.tensor(sizes).repeat(60 // len(sizes)))[:60]
+    rows, budget, draw = 3000, 9, Random(0)
+    own, _ = choose_spans(torch.ones(rows, 60, dtype=torch.bool), 0.15, numbers(), words=words.expand(rows, -1))
+    other = torch.zeros(rows, 60, dtype=torch.bool)
+    for row in range(rows):
+        other[row, list(authors_spans(words.tolist(), budget, draw))] = True
+    # Of a mean over rows of something between 0 and 3 or so, twice: 4 standard errors.
+    places = (own.double().mean(0) - other.double().mean(0)).abs().max()
+    assert places < 4 * (2 * 0.15 * 0.85 / rows) ** 0.5 * 1.1
+    assert (runs_of(own) - runs_of(other)).abs().max() < 4 * (2 * 0.6 / rows) ** 0.5
+
+
+def test_spans_begin_at_words_and_hold_whole_ones():
+    words = torch.arange(120).repeat_interleave(torch.tensor([1, 2, 3]).repeat(40)).expand(400, -1)
+    candidates = torch.ones_like(words, dtype=torch.bool)
+    hidden, runs = choose_spans(candidates, 0.15, numbers(), words=words)
+    assert (hidden.sum(1) == round(0.15 * words.shape[1])).all()
+    begins = torch.ones_like(candidates)
+    begins[:, 1:] = words[:, 1:] != words[:, :-1]
+    first = (runs > 0) & ~torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, :-1]], 1)
+    assert begins[first].all()
+    whole = 0
+    for row in range(400):
+        for word in set(words[row][hidden[row]].tolist()):
+            whole += hidden[row][words[row] == word].all().item()
+    cut = sum(len(set(words[row][hidden[row]].tolist())) for row in range(400)) - whole
+    assert cut <= 400  # the last span of a sequence alone
+    # The authors draw a token and take its word: a word of 3 begins a span three times as often as one of 1.
+    anchors, _ = choose_spans(candidates, 1e-9, numbers(5), words=words)  # a budget of one token: where spans begin
+    place = anchors.long().argmax(1)
+    length = torch.bincount(words[0])[words[0][place]].double()
+    counts = torch.bincount(length.long(), minlength=4)[1:].double() / 400
+    assert (counts - torch.tensor([1, 2, 3]) / 6).abs().max() < 4 * (0.25 / 400) ** 0.5
+
+
+def test_a_span_does_not_run_over_what_may_not_be_hidden():
+    candidates = torch.ones(200, 40, dtype=torch.bool)
+    candidates[:, ::5] = False
+    hidden, _ = choose_spans(candidates, 0.5, numbers())
+    assert not (hidden & ~candidates).any()
+    assert (hidden.sum(1) == 16).all()
+
+
+def test_spans_know_which_tokens_go_on_with_a_word():
+    ids = text(50, 60)
+    words = words_of(ids, torch.arange(SIZE) >= 600)
+    for batch, given in (({"input_ids": ids}, range(600, SIZE)), ({"input_ids": ids, "word_ids": words}, None)):
+        hidden = MaskedLM(MASK, SIZE, unit="span", continues=given).hide(batch, 3)["labels"] != -100
+        begins = hidden & ~torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, :-1]], 1)
+        assert ((ids < 600) | (torch.arange(60) == 0))[begins].all()
 
 
 def test_special_tokens_and_padding_are_never_hidden_and_labels_are_the_originals():
@@ -105,6 +221,102 @@ def test_special_tokens_and_padding_are_never_hidden_and_labels_are_the_original
         assert torch.equal(out["input_ids"][labels == -100], ids[labels == -100])
         assert out["token_type_ids"] is batch["token_type_ids"]
     assert torch.equal(batch["input_ids"], ids)  # the user's own batch is left alone
+
+
+def test_what_the_loader_leaves_out_is_not_hidden():
+    ids = text(50, 30)
+    special = torch.zeros_like(ids)
+    special[:, :10] = 1
+    own = ids.masked_fill(special.bool(), -100)
+    after = torch.cat([own[:, 1:], own[:, -1:]], dim=1)  # labels of the token behind each
+    after[:, -1] = 7
+    for unit in ("token", "word", "span"):
+        technique = MaskedLM(MASK, SIZE, share=0.5, unit=unit, continues=())
+        for batch in (
+            {"input_ids": ids, "special_tokens_mask": special},
+            {"input_ids": ids, "labels": own},
+            {"input_ids": ids, "labels": after},
+            (ids, own),
+        ):
+            out = technique.hide(batch, 0)
+            labels = out["labels"] if isinstance(out, dict) else out[1]
+            assert (labels[:, :10] == -100).all()
+            assert ((labels[:, 10:] != -100).sum(1) == 10).all()
+            assert "special_tokens_mask" not in out
+    hidden = [one.hide({"input_ids": ids}, 0)["labels"][:, :10] for one in (MaskedLM(MASK, SIZE, share=0.5),)]
+    assert (hidden[0] != -100).any()
+
+
+@pytest.mark.parametrize("make", [lambda **given: MaskedLM(MASK, SIZE, **given), lambda **given: MASS(
+    MASK, SIZE, start_token=5, pad_token=PAD, **given
+)])  # fmt: skip
+@pytest.mark.parametrize(
+    "labels",
+    [
+        torch.arange(4),
+        torch.rand(4, 30),
+        torch.randint(2, (4, 30)),
+        torch.randint(9, (4, 3)),
+        ["a", "b", "c", "d"],
+    ],
+)
+def test_labels_that_are_not_the_tokens_are_never_replaced(make, labels):
+    with pytest.raises(MaskingError, match="The batch has labels (of shape|in a list).*Leave them out of the batch"):
+        make().hide({"input_ids": text(4, 30), "labels": labels}, 0)
+    with pytest.raises(MaskingError, match="The batch has labels"):
+        make().hide((text(4, 30), labels), 0)
+
+
+def test_a_batch_that_another_masking_has_been_at_is_refused():
+    ids = text(4, 30)
+    done = MaskedLM(MASK, SIZE).hide({"input_ids": ids}, 0)
+    with pytest.raises(MaskingError, match="what another masking has left"):
+        MaskedLM(MASK, SIZE).hide(done, 1)
+
+
+@pytest.mark.parametrize("head", [None, "model.cls"])
+@pytest.mark.parametrize("unit", ["token", "word", "span"])
+def test_a_batch_with_nothing_to_hide_trains_nothing_and_says_so(unit, head):
+    pytest.importorskip("transformers")
+    batches = [torch.zeros(4, 8, dtype=torch.long), torch.arange(1, 33).view(4, 8) % VOCABULARY]
+    before, seen = [], []
+
+    class Own(Masked):
+        def training_step(self, batch, batch_idx):
+            before.append([weight.detach().clone() for weight in self.parameters()])
+            return super().training_step(batch, batch_idx)
+
+        def on_after_backward(self):
+            seen.append(
+                [None if weight.grad is None else float(weight.grad.abs().sum()) for weight in self.parameters()]
+            )
+
+        def validation_step(self, batch, batch_idx):
+            assert self.model(input_ids=batch[0], labels=batch[1]).loss.isfinite()
+
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    technique = MaskedLM(VOCABULARY - 1, VOCABULARY, special=[0], unit=unit, continues=[], head=head)
+    with pytest.warns(UserWarning, match="MaskedLM found nothing to hide in a batch"):
+        Trainer(max_steps=2, callbacks=[technique], enable_checkpointing=False, **options).fit(
+            Own(), DataLoader(batches, batch_size=None), DataLoader(batches, batch_size=None)
+        )
+    assert all(one == 0 for one in seen[0])  # every weight has a gradient, of 0
+    assert any(one > 0 for one in seen[1])
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_causal_models_are_refused_and_those_of_ones_own_are_warned_about(kind):
+    pytest.importorskip("transformers")
+
+    class Causal(Masked):
+        def __init__(self):
+            super().__init__()
+            self.model = hugging_face(kind)
+
+    with pytest.raises(MaskingError, match="(GPT2LMHeadModel|LlamaForCausalLM) attends to earlier tokens alone.*BERT"):
+        fit(Causal(), MaskedLM(VOCABULARY - 1, VOCABULARY))
+    with pytest.warns(UserWarning, match="Attention in TinyBlocks sees earlier tokens alone"):
+        fit(TinyBlocks(), MaskedLM(VOCABULARY - 1, VOCABULARY), epochs=1)
 
 
 Pair = namedtuple("Pair", ["ids", "labels"])
@@ -229,6 +441,43 @@ def test_mass_at_the_beginning_starts_from_the_start_token_and_shorter_sequences
     assert batch["labels"].tolist() == [[20, 21, 22, 23], [29, 30, -100, -100]]
     assert batch["decoder_position_ids"].tolist() == [[0, 1, 2, 3], [1, 2, 0, 0]]
     assert batch["decoder_attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_mass_hides_text_alone_wherever_the_padding_is(side):
+    """Begin and end tokens, one between two sentences, and padding on one side, of 300 sequences of other lengths."""
+    rows, length, begin, end = 300, 40, 1, 2
+    ids, mask = torch.full((rows, length), PAD), torch.zeros(rows, length, dtype=torch.long)
+    words = 200 + torch.arange(rows * length).view(rows, length) % (SIZE - 200)
+    for row in range(rows):
+        size = 5 + row % 30
+        first = length - size if side == "left" else 0
+        ids[row, first : first + size] = words[row, first : first + size]
+        ids[row, [first, first + 3, first + size - 1]] = torch.tensor([begin, end, end])
+        mask[row, first : first + size] = 1
+    technique = MASS(MASK, SIZE, start_token=5, pad_token=PAD, special=[begin, end], masked=1.0, random=0.0)
+    batch = technique.hide({"input_ids": ids, "attention_mask": mask}, 4)
+    plain = ids >= 200
+    hidden = batch["input_ids"] == MASK
+    assert not (hidden & ~plain).any()
+    assert torch.equal(hidden.sum(1), (plain.sum(1) * 0.5).round().long().clamp(min=1))
+    for row in range(rows):
+        labels = batch["labels"][row][batch["labels"][row] != -100]
+        assert torch.equal(labels, ids[row][hidden[row]])  # in order
+        of = ids[row][plain[row]]
+        at = (of == labels[0]).nonzero()[0, 0]
+        assert torch.equal(of[at : at + len(labels)], labels)  # one span of the text
+        before = torch.cat([torch.tensor([5]), of])[at : at + len(labels)]
+        assert torch.equal(batch["decoder_input_ids"][row, : len(labels)], before)
+        assert batch["decoder_position_ids"][row, : len(labels)].tolist() == list(range(at, at + len(labels)))
+
+
+def test_mass_with_nothing_to_hide_has_a_finite_loss_times_zero():
+    technique = MASS(MASK, SIZE, start_token=5, pad_token=PAD)
+    batch = technique.hide({"input_ids": torch.full((2, 6), PAD)}, 0)
+    assert (batch["labels"] != -100).sum() == 1
+    assert batch["decoder_attention_mask"].any(1).all()
+    assert technique.around_step(lambda batch: torch.tensor(3.0), batch) == 0
 
 
 def test_mass_begins_at_the_beginning_in_a_fifth_and_ends_at_the_end_in_a_fifth():

@@ -1,4 +1,4 @@
-from eke.testing import TechniqueContract, TinyBlocks, TinyGPT2, TinyTransformer
+from eke.testing import TechniqueContract, TinyBlocks, TinyTransformer
 from eke.testing.data import VOCABULARY
 from eke_masked_lm import MaskedLM
 
@@ -6,7 +6,7 @@ LAST = VOCABULARY - 1
 
 
 class TestContract(TechniqueContract):
-    shapes = (TinyBlocks, TinyTransformer, TinyGPT2)
+    shapes = (TinyBlocks, TinyTransformer)
     arguments = {"mask_token": LAST, "vocabulary": VOCABULARY, "share": 0.4}
 
     def build(self):

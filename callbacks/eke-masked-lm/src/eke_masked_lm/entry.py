@@ -21,7 +21,7 @@ RECORD = Technique(
 )
 
 EXAMPLE = {"mask_token": 31, "vocabulary": 32}  # the kit's
-MODELS = ("TinyBlocks", "TinyTransformer", "TinyGPT2")
+MODELS = ("TinyBlocks", "TinyTransformer")
 
 
 @hookimpl

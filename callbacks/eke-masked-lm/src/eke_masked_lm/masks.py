@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,8 @@ def choose_tokens(candidates: Tensor, share: float, numbers: torch.Generator) ->
 def choose_words(candidates: Tensor, words: Tensor, share: float, numbers: torch.Generator) -> Tensor:
     """Hide whole words, in random order, until the budget is spent; a word that would exceed it is passed over.
 
+    Where none fits, the first of the shortest is hidden all the same.
+
     Args:
         candidates: bool.
         words: int64, rising in each sequence: the number of the word that a token belongs to.
@@ -47,36 +51,70 @@ def choose_words(candidates: Tensor, words: Tensor, share: float, numbers: torch
         fits = (size > 0) & (size <= left)
         chosen.scatter_(1, word, fits[:, None])
         left = left - size * fits
+    shortest = (sizes.masked_fill(sizes == 0, candidates.shape[1] + 1) + noise).argmin(1, keepdim=True)
+    none = (~chosen.any(1, keepdim=True)) & candidates.any(1, keepdim=True)
+    chosen |= torch.zeros_like(chosen).scatter_(1, shortest, none)
     return chosen.gather(1, words) & candidates
 
 
-def choose_spans(
-    candidates: Tensor, share: float, numbers: torch.Generator, longest: int = 10, geometric: float = 0.2
-) -> tuple[Tensor, Tensor]:
-    """Hide spans until the budget is spent, their lengths geometric and cut at ``longest``.
+def span_lengths(count: int, numbers: torch.Generator, longest: int = 10, geometric: float = 0.2) -> Tensor:
+    """Lengths of spans, (count,), int64: geometric from 1 on, given that they are at most ``longest``.
 
-    Returns:
-        Which tokens are hidden, bool, and the number of the span that each belongs to, int64, 0 for none.
+    ``P(length = n)`` is ``p (1 - p)^(n - 1) / (1 - (1 - p)^longest)`` for p = ``geometric``: with 0.2 and 10 the mean
+    is 3.80.
 
     Source:
-        Joshi et al. 2020 (SpanBERT), section 3.1: Geo(0.2), at most 10. The last span is cut to what the budget leaves.
+        Joshi et al. 2020 (SpanBERT), section 3.1, and the authors' ``PairWithSpanMaskingScheme``.
+    """
+    stay = 1 - geometric
+    draw = torch.rand(count, generator=numbers, device=numbers.device, dtype=torch.float64) * (1 - stay**longest)
+    return ((torch.log1p(-draw) / math.log(stay)).floor().long() + 1).clamp(max=longest)
+
+
+def choose_spans(
+    candidates: Tensor,
+    share: float,
+    numbers: torch.Generator,
+    longest: int = 10,
+    geometric: float = 0.2,
+    words: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Hide spans of whole words until the budget is spent; the last span is cut to what the budget leaves.
+
+    A span begins with the word of a token drawn among those that are not hidden yet, and has :func:`span_lengths`
+    words, or as many as the text goes on for. Spans may run into each other: neighbours are one.
+
+    Args:
+        candidates: bool.
+        words: int64, rising in each sequence: the number of the word that a token belongs to. Each token is one by
+            default.
+
+    Returns:
+        Which tokens are hidden, bool, and the number of the run of hidden tokens that each belongs to, int64, 0 for
+        none.
+
+    Source:
+        Joshi et al. 2020 (SpanBERT), section 3.1, and the authors' ``PairWithSpanMaskingScheme`` and
+        ``merge_intervals``. There the budget is rounded up.
     """
     batch, length = candidates.shape
-    device, spans = candidates.device, torch.zeros(candidates.shape, dtype=torch.long, device=candidates.device)
-    left, places = budget(candidates, share), torch.arange(length, device=candidates.device)
-    for number in range(1, 8 * length + 1):
-        if not int(left.max()):
-            break
-        draw = torch.rand(2, batch, generator=numbers, device=device)
-        size = (torch.log1p(-draw[0]) / torch.log(torch.tensor(1 - geometric))).floor().long() + 1
-        size = size.clamp(max=longest).minimum(left)
-        start = (draw[1] * length).long()
-        inside = (places >= start[:, None]) & (places < (start + size)[:, None])
-        free = (inside & candidates & (spans == 0)).sum(1) == size  # a span lies in whole words of text, and alone
-        inside &= (free & (size > 0))[:, None]
-        spans[inside] = number
-        left = left - inside.sum(1)
-    return spans > 0, spans
+    if words is None:
+        words = torch.arange(length, device=candidates.device).expand(batch, -1)
+    text = (~candidates).cumsum(1)  # one number for each stretch of candidates
+    hidden, left = torch.zeros_like(candidates), budget(candidates, share)
+    while bool((left > 0).any()):  # each round hides one token at least wherever some are left to hide
+        free = candidates & ~hidden
+        draw = torch.rand(batch, generator=numbers, device=candidates.device, dtype=torch.float64)
+        anchor = (draw * free.sum(1)).long()
+        at = ((free.cumsum(1) == anchor[:, None] + 1) & free).long().argmax(1, keepdim=True)
+        size = span_lengths(batch, numbers, longest, geometric)
+        first = words.gather(1, at)
+        inside = (words >= first) & (words < first + size[:, None]) & (text == text.gather(1, at)) & free
+        hidden |= inside & (inside.cumsum(1) <= left[:, None])
+        left = budget(candidates, share) - hidden.sum(1)
+    begins = hidden.clone()
+    begins[:, 1:] &= ~hidden[:, :-1]
+    return hidden, begins.cumsum(1) * hidden
 
 
 def words_of(ids: Tensor, continues: Tensor) -> Tensor:
