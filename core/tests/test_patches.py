@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from eke.seams.patches import PatchesError, find_patches, relative_positions
+from eke import EkeError
+from eke.seams.blocks import BlocksError
+from eke.seams.patches import PatchesError, find_patches, image_blocks, relative_positions
 from eke.testing import TinyBlocks, TinyViT, hugging_face
 from torch import nn
 
@@ -30,6 +32,35 @@ def test_convolutions_in_blocks_do_not_count_and_a_stem_is_named():
 def test_of_two_towers_each_has_its_own():
     model = nn.ModuleDict({"left": TinyViT(), "right": TinyViT()})
     assert find_patches(model, "right.blocks").path == "right.patch_embed"
+
+
+def clip_like():
+    """A tower of texts beside one of images, whose parts lie at the root."""
+    model = TinyViT()
+    model.text = TinyBlocks()
+    return model
+
+
+def test_the_blocks_that_see_images_are_those_beside_the_convolution():
+    assert [one.path for one in image_blocks(clip_like())] == ["blocks"]
+    assert find_patches(clip_like()).path == "patch_embed"
+    two = nn.ModuleDict({"left": TinyViT(), "right": TinyViT(), "words": TinyBlocks()})
+    assert [one.path for one in image_blocks(two)] == ["left.blocks", "right.blocks"]
+    assert [one.path for one in image_blocks(two, ["words.blocks", "right.blocks"])] == ["words.blocks", "right.blocks"]
+    with pytest.raises(
+        BlocksError, match=r"2 lists of blocks that see images: 'left.blocks', 'right.blocks'. Say which"
+    ):
+        find_patches(two)
+    assert [one.path for one in image_blocks(TinyBlocks())] == [
+        "blocks"
+    ]  # where nothing cuts images, the blocks there are
+
+
+def test_refusals_are_ekes_own_and_stay_value_errors():
+    for call in (lambda: find_patches(TinyBlocks()), lambda: find_patches(TinyViT(), "nowhere")):
+        with pytest.raises(EkeError) as refusal:
+            call()
+        assert isinstance(refusal.value, ValueError)
 
 
 def test_a_model_without_or_with_two_is_refused_by_what_it_has():

@@ -1,15 +1,19 @@
 """What random-LTD promises: the schedule, even and rising draws, tokens that pass by, no look into the future."""
 
+import copy
+from functools import partial
+
 import eke
 import pytest
 import torch
 from eke.seams import interceptor
 from eke.testing import TinyBlocks, fit, hugging_face
 from eke.testing.data import LENGTH
-from eke_random_ltd import RandomLTD, cut_side_inputs, draw_positions, tokens_at
+from eke_random_ltd import RandomLTD, RandomLTDError, cut_side_inputs, draw_positions, tokens_at
 from eke_random_ltd.callback import Choose, Side
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
+from torch.utils.data import DataLoader
 
 
 @pytest.mark.parametrize(
@@ -159,6 +163,185 @@ def test_a_causal_mask_of_pairs_is_cut_and_another_is_refused():
     assert torch.equal(cut, mask[:2, :2])
     with pytest.raises(RuntimeError, match=r"gets src_mask of shape \(4, 4\), with one entry for each of 4 tokens"):
         cut_side_inputs(("src_mask",), (mask,), {"is_causal": False}, positions, 4)
+
+
+def test_what_belongs_to_another_sequence_loses_rows_alone():
+    """Of 4 tokens that attend to 4 others: the columns of masks and biases are the others'."""
+    positions, square = torch.tensor([[0, 2], [1, 3]]), torch.arange(16.0).view(1, 1, 4, 4)
+    names = ("position_bias", "encoder_decoder_position_bias", "memory_mask", "encoder_attention_mask")
+    args, _ = cut_side_inputs(names, (square, square, square[0, 0], torch.ones(2, 1, 1, 4)), {}, positions, 4)
+    assert args[0].tolist() == [[[[0, 2], [8, 10]]], [[[5, 7], [13, 15]]]]
+    rows = [[[[0, 1, 2, 3], [8, 9, 10, 11]]], [[[4, 5, 6, 7], [12, 13, 14, 15]]]]
+    assert args[1].tolist() == args[2].tolist() == rows
+    assert args[3].shape == (2, 1, 1, 4)
+
+
+class HandsOn(nn.Module):
+    """As T5's: returns the bias that it got, and makes one where it got none."""
+
+    def forward(self, x, position_bias=None):
+        if position_bias is None:
+            position_bias = torch.arange(64.0).view(1, 1, 8, 8)
+        return x + 1, position_bias, None
+
+
+def test_what_a_block_hands_on_reaches_the_next_one_whole():
+    block, bias = HandsOn(), torch.rand(1, 1, 8, 8)
+    intercepted([block] * 3)
+    hidden, handed, none = block(torch.zeros(2, 8, 3), bias)
+    assert handed is bias
+    assert none is None
+    assert hidden.sum() == 2 * 4 * 3
+    assert block(torch.zeros(2, 8, 3), position_bias=bias)[1] is bias
+    with pytest.raises(eke.EkeError, match="a skipped block has no cache"):  # one that it made for 4 of 8 tokens
+        block(torch.zeros(2, 8, 3))
+
+
+def library(kind, layers=4):
+    hf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    small = {"d_model": 16, "vocab_size": 32}
+    if kind == "t5":
+        config = hf.T5Config(**small, d_kv=8, d_ff=32, num_layers=layers, num_heads=2, decoder_start_token_id=0)
+        return hf.T5ForConditionalGeneration(config)
+    if kind == "bart":
+        sides = {f"{side}_{what}": count for side in ("encoder", "decoder") for what, count in
+                 (("layers", layers), ("attention_heads", 2), ("ffn_dim", 32))}  # fmt: skip
+        return hf.BartForConditionalGeneration(hf.BartConfig(**small, **sides, max_position_embeddings=32))
+    size = {"hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 32}
+    if kind == "mixtral":
+        more = {"num_key_value_heads": 2, "num_local_experts": 2, "vocab_size": 32, "use_cache": False}
+        return hf.MixtralForCausalLM(hf.MixtralConfig(**size, **more, output_router_logits=True))
+    text = {**size, "vocab_size": 32, "max_position_embeddings": 32, "projection_dim": 8, "eos_token_id": 31}
+    image = {**size, "image_size": 16, "patch_size": 4, "projection_dim": 8}
+    return hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=image, projection_dim=8))
+
+
+class Library(LightningModule):
+    def __init__(self, kind, layers=4):
+        super().__init__()
+        self.model, self.seen = library(kind, layers), {}
+        for name, part in self.model.named_modules():
+            if name.rpartition(".")[2].isdigit() and name.rpartition(".")[0].endswith(("block", "layers")):
+                part.register_forward_pre_hook(partial(self.note, name), with_kwargs=True)
+
+    def note(self, name, block, args, kwargs):
+        hidden = args[0] if args else next(iter(kwargs.values()))
+        self.seen.setdefault(name, []).append(hidden.shape[1])
+
+    def training_step(self, batch, i):
+        more = {"return_loss": True} if "pixel_values" in batch else {}
+        return self.model(**batch, **more).loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 1e-3)
+
+
+def train(model, technique, kind):
+    ids = torch.randint(4, 30, (6, 16), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch |= {"pixel_values": torch.randn(6, 3, 16, 16)} if kind == "clip" else {"labels": ids.clone()}
+    if kind in ("t5", "bart"):
+        batch["labels"] = ids[:, :16].clone()
+    options = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+    trainer = Trainer(accelerator="cpu", max_steps=3, callbacks=[technique], **options)
+    trainer.fit(model, DataLoader([batch] * 3, batch_size=None))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "full"),
+    [
+        ("t5", {"encoder": 16, "decoder": 16}),
+        ("bart", {"encoder": 16, "decoder": 16}),
+        ("clip", {"text": 16, "vision": 17}),
+    ],
+)
+def test_both_stacks_of_a_model_see_a_part_in_the_middle(kind, full):
+    seen = train(Library(kind), RandomLTD(0.5, duration=1000, multiple=1), kind).seen
+    assert len(seen) == 8
+    for name, lengths in seen.items():
+        whole = next(count for side, count in full.items() if side in name)
+        middle = name.rpartition(".")[2] in ("1", "2")
+        assert set(lengths) == {round(whole * 0.5) if middle else whole}, name
+
+
+def test_lists_that_are_named_are_the_ones():
+    model = Library("t5")
+    seen = train(model, RandomLTD(0.5, duration=1000, multiple=1, blocks=["model.decoder.block"]), "t5").seen
+    assert [set(lengths) for name, lengths in seen.items() if "decoder" in name] == [{16}, {8}, {8}, {16}]
+    assert all(set(lengths) == {16} for name, lengths in seen.items() if "encoder" in name)
+    with pytest.raises(RandomLTDError, match="has 2 blocks. The first and the last always see"):
+        RandomLTD(blocks=["model.encoder.block", "model.decoder.block"]).alter_model(Library("t5", 2))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_decoder_of_t5_does_not_look_ahead_and_padding_is_as_if_it_were_not_there(attention):
+    model = library("t5").eval()
+    model.set_attn_implementation(attention)
+    for stack in (model.encoder, model.decoder):
+        intercepted(stack.block)
+    ids, out = torch.randint(4, 30, (2, 8)), torch.randint(4, 30, (2, 8))
+    mask = torch.ones_like(ids)
+    mask[:, 6:] = 0
+    first = model(input_ids=ids, attention_mask=mask, decoder_input_ids=out).logits
+    ahead = torch.cat([out[:, :5], (out[:, 5:] + 1) % 32], dim=1)
+    padded = torch.where(mask.bool(), ids, (ids + 3) % 32)
+    second = model(input_ids=padded, attention_mask=mask, decoder_input_ids=ahead).logits
+    torch.testing.assert_close(first[:, :5], second[:, :5], rtol=0, atol=1e-6)
+    assert not torch.allclose(first[:, 5:], second[:, 5:])
+
+
+def test_a_block_of_t5_on_some_tokens_has_their_biases():
+    """Chosen tokens alone, with the biases of their places, computed by hand from the plain block."""
+    model = library("t5").eval().encoder
+    hidden, positions = torch.randn(2, 8, 16), draw_positions(2, 8, 4, 1, torch.device("cpu"))
+    bias = model.block[0].layer[0].SelfAttention.compute_bias(8, 8)
+    plain = copy.deepcopy(model.block[2])
+    intercepted(model.block)
+    for row in range(2):
+        at = positions[row]
+        some = plain(hidden[row : row + 1, at], position_bias=bias[:, :, at][..., at])[0]
+        whole = model.block[2](hidden, None, bias)[0]
+        torch.testing.assert_close(whole[row, at], some[0])
+
+
+def test_torchs_own_encoder_and_decoder_are_both_served():
+    class Translate(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(32, 16), nn.Linear(16, 32)
+            self.net = nn.Transformer(16, 2, 4, 4, 32, batch_first=True)
+            self.seen = []
+            for stack in (self.net.encoder, self.net.decoder):
+                for block in stack.layers:
+                    block.register_forward_pre_hook(lambda _, args: self.seen.append(args[0].shape[1]))
+
+        def training_step(self, batch, i):
+            mask = nn.Transformer.generate_square_subsequent_mask(16)
+            x = self.embed(batch["input_ids"])
+            out = self.head(self.net(x, x, tgt_mask=mask, tgt_is_causal=True))
+            return nn.functional.cross_entropy(out.flatten(0, 1), batch["labels"].flatten())
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    model = train(Translate(), RandomLTD(0.5, duration=1000, multiple=1), "")
+    assert model.seen[:8] == [16, 8, 8, 16] * 2
+
+
+def test_a_router_that_needs_every_token_is_said():
+    with pytest.raises(RandomLTDError, match=r"failed where middle blocks see a part.*output_router_logits=False"):
+        train(Library("mixtral"), RandomLTD(0.5, duration=1000, multiple=1), "mixtral")
+
+
+def test_an_error_of_ones_own_is_left_alone():
+    class Wrong(TinyBlocks):
+        def loss(self, batch):
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="^mine$"):
+        fit(Wrong(), RandomLTD())
 
 
 def test_an_unknown_input_of_token_length_is_refused_by_name():

@@ -53,6 +53,38 @@ def test_positions_keep_own_tokens_and_a_constant_map_and_grids_that_are_not_squ
     assert torch.equal(resize_positions(positions, (4, 6), (4, 6)), positions)
 
 
+def triangle(old, new):
+    """Linear interpolation with antialiasing from ``old`` to ``new`` places, as jax.image.resize's: (new, old)."""
+    scale = old / new
+    centres = (torch.arange(new, dtype=torch.float64) + 0.5) * scale - 0.5
+    weights = (1 - (torch.arange(old) - centres[:, None]).abs() / max(scale, 1.0)).clamp(min=0)
+    return weights / weights.sum(1, keepdim=True)
+
+
+def test_positions_are_linear_where_that_is_asked_for():
+    grid = torch.randn(8, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    wanted = torch.einsum("ih,jw,hwc->ijc", triangle(8, 5), triangle(6, 4), grid)
+    linear = resize_positions(grid.view(48, 5).float(), (8, 6), (5, 4), "linear").view(5, 4, 5)
+    torch.testing.assert_close(linear.double(), wanted, atol=1e-5, rtol=0)
+    bicubic = resize_positions(grid.view(48, 5).float(), (8, 6), (5, 4)).view(5, 4, 5)
+    assert (bicubic - linear).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "linear"])
+def test_a_step_takes_the_interpolation_that_was_asked_for(interpolation):
+    seen = []
+
+    class Watch(TinyViT):
+        def forward(self, x):
+            seen.append(self.pos_embed.detach().clone())
+            return super().forward(x)
+
+    model = Watch()
+    wanted = resize_positions(model.pos_embed.detach(), (4, 4), (2, 2), interpolation)
+    fit(model, Resolution(0.5, interpolation=interpolation), epochs=1, validate=False)
+    assert torch.equal(seen[0], wanted)
+
+
 def test_patches_divide_the_image():
     assert [_fewest(28, 4, wanted) for wanted in (7, 6.9, 3.5, 2, 1)] == [7, 4, 2, 2, 1]
     assert _fewest(30, 4, 3) == 7  # seven patches of 4 leave a rest: it stays as it is
@@ -226,6 +258,7 @@ def test_models_and_batches_that_it_cannot_serve_are_refused_with_the_reason():
     [
         ({"start": 0}, "start=0: give a share"),
         ({"hold": 0.6, "tail": 0.5}, "hold=0.6, tail=0.5: give shares of the run that leave room"),
+        ({"interpolation": "nearest"}, "interpolation='nearest' is none of: bicubic, linear"),
         ({"mode": "crops"}, "mode='crops' is none of: images, patches"),
     ],
 )

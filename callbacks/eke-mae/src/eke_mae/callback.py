@@ -14,10 +14,18 @@ from math import isfinite
 from typing import Any, ClassVar, Literal
 
 import torch
-from eke import Technique, TechniqueCallback, compat
+from eke import EkeError, Technique, TechniqueCallback, compat
 from eke.seams import interceptor
-from eke.seams.blocks import Blocks, find_blocks
-from eke.seams.patches import PatchEmbedding, PatchesError, find_images, find_patches, relative_positions
+from eke.seams.blocks import Blocks
+from eke.seams.patches import (
+    PatchEmbedding,
+    PatchesError,
+    find_images,
+    find_patches,
+    image_blocks,
+    one_of,
+    relative_positions,
+)
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -27,7 +35,12 @@ from torch.optim import Optimizer
 
 from eke_mae.decoder import NAME, Decoder, Head, Hidden, normalized, pixels_of_patches
 from eke_mae.entry import RECORD
-from eke_mae.masks import blockwise, random_units
+from eke_mae.masks import blockwise, random_units, units_hidden
+
+
+class MAEError(EkeError, MisconfigurationException, ValueError):
+    """An argument, a model, a batch or a Trainer with which patches cannot be hidden."""
+
 
 _MASK = {"mae": 0.75, "simmim": 0.6, "beit": 0.4}
 
@@ -64,7 +77,7 @@ class MAE(TechniqueCallback):
         unit: For ``"simmim"``: side of a hidden square in pixels.
         encoder: Dotted path of the encoder. By default the innermost module that holds the patch embedding and the
             blocks; it is called with images.
-        blocks: Dotted path of the list of blocks. Needed where a model has more than one.
+        blocks: Dotted path of the list of blocks. By default the one that sees images: of two towers, the image's.
 
     Raises:
         ValueError: wrong numbers; no patch embedding, a stem of convolutions, relative positions, no images.
@@ -90,18 +103,18 @@ class MAE(TechniqueCallback):
         blocks: str | None = None,
     ) -> None:
         if method not in _MASK:
-            raise ValueError(f"method={method!r} is none of: {', '.join(_MASK)}.")
+            raise MAEError(f"method={method!r} is none of: {', '.join(_MASK)}.")
         mask = _MASK[method] if mask is None else mask
         if not 0 < mask < 1:
-            raise ValueError(f"mask={mask}: give a share of the patches between 0 and 1.")
+            raise MAEError(f"mask={mask}: give a share of the patches between 0 and 1.")
         if duration <= 0 or (duration > 1 and duration != int(duration)):
-            raise ValueError(f"duration={duration}: give a share of the run up to 1, or optimizer steps.")
+            raise MAEError(f"duration={duration}: give a share of the run up to 1, or optimizer steps.")
         if decoder_depth < 1 or decoder_heads < 1 or unit < 1:
-            raise ValueError(
+            raise MAEError(
                 f"decoder_depth={decoder_depth}, decoder_heads={decoder_heads}, unit={unit}: give 1 or more."
             )
         if (method == "beit") != (tokenizer is not None and classes is not None):
-            raise ValueError(
+            raise MAEError(
                 f"method={method!r} with tokenizer={tokenizer!r}, classes={classes!r}: method='beit' needs both, "
                 "images to visual words and their number; the others take neither."
             )
@@ -119,7 +132,7 @@ class MAE(TechniqueCallback):
         if trainer.state.fn != "fit":
             return
         if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-            raise MisconfigurationException(
+            raise MAEError(
                 f"MAE keeps its decoder beside the model, which {type(trainer.strategy).__name__} would shard. It has "
                 "been tested on one device and under DDP. Use strategy='ddp', or leave it out."
             )
@@ -133,7 +146,8 @@ class MAE(TechniqueCallback):
                 f"{type(pl_module).__name__} has relative positions ({pairs[0]}), for all patches in their places. MAE "
                 "serves encoders that add positions to their patches and attend to all of them."
             )
-        embedding, found = find_patches(pl_module, self.blocks), find_blocks(pl_module, self.blocks)
+        found = one_of(pl_module, image_blocks(pl_module, self.blocks))
+        embedding = find_patches(pl_module, found.path)
         if embedding.stem or len(embedding.patch) != 2:
             raise PatchesError(
                 f"{type(pl_module).__name__} does more than to cut images into patches before its blocks "
@@ -161,7 +175,7 @@ class MAE(TechniqueCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._rank, total = trainer.global_rank, trainer.estimated_stepping_batches
         if self.duration < 1 and not isfinite(total):
-            raise MisconfigurationException(
+            raise MAEError(
                 f"MAE(duration={self.duration}) is a share of a run whose length is not known. Give "
                 "Trainer(max_steps=...), or duration= in optimizer steps."
             )
@@ -210,7 +224,12 @@ class MAE(TechniqueCallback):
         grid, numbers = self._sight.embedding.grid(images), torch.Generator(images.device).manual_seed(seed)
         patch, patches = self._sight.embedding.patch, grid[0] * grid[1]
         if self.method == "mae":
-            visible = max(1, round(patches * (1 - self.mask)))
+            if patches < 2:
+                raise MAEError(
+                    f"The images are cut into {patches} patch: none would be left to see, or none to hide. Give larger "
+                    "images, or a model with smaller patches."
+                )
+            visible = min(max(1, round(patches * (1 - self.mask))), patches - 1)
             self._kind = f"{visible} of {patches} patches seen"
             order = torch.rand(len(images), patches, generator=numbers, device=images.device).argsort(1)
             target, predicted = self._mae(images, order, order[:, :visible], grid)
@@ -220,8 +239,9 @@ class MAE(TechniqueCallback):
         self._kind = "mask tokens"
         if self.method == "simmim":
             unit = max(1, self.unit // patch[0])
-            if not 0 < round(-(-grid[0] // unit) * -(-grid[1] // unit) * self.mask) < patches / unit**2:
-                raise MisconfigurationException(
+            squares = -(-grid[0] // unit) * -(-grid[1] // unit)
+            if not 0 < units_hidden(squares, self.mask) < squares:
+                raise MAEError(
                     f"MAE(method='simmim', mask={self.mask}, unit={self.unit}) hides all or nothing of an image of "
                     f"{grid[0]} by {grid[1]} patches. Give a unit of fewer pixels; a patch has {patch[0]}."
                 )
@@ -230,12 +250,12 @@ class MAE(TechniqueCallback):
             return (predicted.float() - pixels_of_patches(images, patch).float()).abs().mean(-1)[hidden].mean()
         cpu = torch.Generator().manual_seed(seed)
         smallest = min(16, max(1, round(patches * 16 / 196)))  # for the paper's 14 by 14 it is 16
-        hidden = torch.stack([blockwise(grid, int(patches * self.mask), cpu, smallest) for _ in images])
+        hidden = torch.stack([blockwise(grid, max(1, int(patches * self.mask)), cpu, smallest) for _ in images])
         hidden = hidden.to(images.device)
         with torch.no_grad():
             words = self.tokenizer(images).reshape(len(images), -1)
         if words.shape[1] != patches:
-            raise MisconfigurationException(
+            raise MAEError(
                 f"MAE's tokenizer gave {words.shape[1]} visual words an image, of {grid[0]} by {grid[1]} patches."
             )
         features = self._sight.features(images, Cover(hidden, self.decoder.mask))[:, -patches:]
@@ -259,7 +279,7 @@ class MAE(TechniqueCallback):
                 4 * self.decoder_heads, width // 2 // self.decoder_heads * self.decoder_heads
             )
             if narrow % self.decoder_heads:
-                raise ValueError(f"decoder_width={narrow} is no multiple of decoder_heads={self.decoder_heads}.")
+                raise MAEError(f"decoder_width={narrow} is no multiple of decoder_heads={self.decoder_heads}.")
             return Decoder(width, narrow, self.decoder_depth, self.decoder_heads, pixels)
 
 
@@ -290,7 +310,7 @@ class Sight:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            raise MisconfigurationException(
+            raise MAEError(
                 f"The encoder at {self.path or 'the module itself'!r} failed on images of which patches are hidden: "
                 f"{error}. It has to take any number of tokens behind its first block: no windows, no head for each "
                 "place. Name the part that does as MAE(encoder='model.vit')."
@@ -301,7 +321,7 @@ class Sight:
             for block in (first, last):
                 interceptor.put(block, RECORD.name)
         if seen["blocks"] is None:
-            raise MisconfigurationException(
+            raise MAEError(
                 f"Calling {self.path or 'the module'!r} with images ran none of its blocks. Name the encoder, as "
                 "MAE(encoder='model.vit')."
             )

@@ -7,13 +7,14 @@ Training for Large-scale Transformers", 2022, https://arxiv.org/abs/2211.11586, 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from math import isfinite
 from typing import Any, ClassVar
 
 import torch
-from eke import Technique, TechniqueCallback
+from eke import EkeError, Technique, TechniqueCallback
 from eke.seams import interceptor
-from eke.seams.blocks import Blocks, find_attention, find_blocks
+from eke.seams.blocks import Blocks, find_all_blocks, find_attention
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -21,10 +22,22 @@ from torch import Tensor
 from eke_random_ltd.entry import RECORD
 
 # What blocks of known models get beside the hidden states, and that goes by token.
-_MASKS = ("attention_mask", "src_mask", "mask", "attn_mask")
-_PER_TOKEN = ("position_ids", "src_key_padding_mask", "key_padding_mask", "padding_mask")
+_MASKS = ("attention_mask", "src_mask", "tgt_mask", "mask", "attn_mask", "position_bias")
+_PER_TOKEN = (
+    "position_ids",
+    "src_key_padding_mask",
+    "tgt_key_padding_mask",
+    "key_padding_mask",
+    "padding_mask",
+    "cache_position",
+)
 _ROTARY = ("position_embeddings",)
-_OTHER_SEQUENCE = ("encoder_hidden_states", "encoder_attention_mask", "memory")
+_OTHER_SEQUENCE = ("encoder_hidden_states", "memory", "memory_key_padding_mask")
+_FROM_OTHER = (
+    "encoder_attention_mask",
+    "encoder_decoder_position_bias",
+    "memory_mask",
+)  # its tokens by those of another
 
 
 def tokens_at(step: float, duration: float, start: float, full: int, multiple: int) -> int:
@@ -64,7 +77,8 @@ def cut_side_inputs(
     """A block's other inputs, cut to the tokens that take part.
 
     Attention masks, (batch, heads, length, length) or (batch, 1, 1, length), padding masks and position ids, (batch,
-    length), and rotary embeddings, (batch, length, size), lose the other tokens. A mask of one kind for all samples,
+    length), rotary embeddings, (batch, length, size), and position biases, (1, heads, length, length), lose the other
+    tokens; masks and biases of attention to another sequence lose rows alone. A mask of one kind for all samples,
     (length, length), is cut to its first rows and columns where the block is told that it is causal.
 
     Args:
@@ -74,12 +88,16 @@ def cut_side_inputs(
         length: Tokens of a sample.
 
     Raises:
-        RuntimeError: another input that has an entry for each token: nobody said what it means.
+        RandomLTDError: another input that has an entry for each token: nobody said what it means.
     """
-    causal = bool(kwargs.get("is_causal"))
+    causal = bool(kwargs.get("is_causal") or kwargs.get("tgt_is_causal"))
     cut = [_cut(name, value, positions, length, causal) for name, value in zip(names, args, strict=False)]
     named = {name: _cut(name, value, positions, length, causal) for name, value in kwargs.items()}
     return tuple(cut), named
+
+
+class RandomLTDError(EkeError, MisconfigurationException, ValueError, RuntimeError):
+    """An argument, a model or a run with which middle blocks cannot see a part of the tokens."""
 
 
 class RandomLTD(TechniqueCallback):
@@ -93,45 +111,54 @@ class RandomLTD(TechniqueCallback):
         start: Tokens on which a middle block runs at the first step: a share up to 1, or a number above 1.
         duration: When it is all of them: a share of the run up to 1, or a number of optimizer steps.
         multiple: The number of tokens is rounded down to a multiple of this.
-        blocks: Dotted path of the list of blocks. Needed where a model has more than one.
+        blocks: Dotted paths of lists of blocks, one or several. By default all of three blocks or more: those of an
+            encoder and a decoder, of two towers. The first and the last of each list see all tokens.
 
     Raises:
-        ValueError: numbers that make no schedule; fewer than three blocks; attention that has the batch second.
-        MisconfigurationException: a share of a run of unknown length.
-        RuntimeError: a block gets an input with an entry for each token that is not known here.
+        RandomLTDError: numbers that make no schedule; fewer than three blocks; attention that has the batch second; a
+            share of a run of unknown length; a block that gets an input with an entry for each token that is not known
+            here; a model that fails on a part of its tokens.
     """
 
     technique: ClassVar[Technique] = RECORD
 
     def __init__(
-        self, start: float = 0.25, *, duration: float = 0.7, multiple: int = 8, blocks: str | None = None
+        self,
+        start: float = 0.25,
+        *,
+        duration: float = 0.7,
+        multiple: int = 8,
+        blocks: str | Sequence[str] | None = None,
     ) -> None:
         if start <= 0 or (start > 1 and start != int(start)):
-            raise ValueError(f"start={start}: give a share of the tokens up to 1, or a whole number of them.")
+            raise RandomLTDError(f"start={start}: give a share of the tokens up to 1, or a whole number of them.")
         if duration <= 0 or (duration > 1 and duration != int(duration)):
-            raise ValueError(f"duration={duration}: give a share of the run up to 1, or optimizer steps.")
+            raise RandomLTDError(f"duration={duration}: give a share of the run up to 1, or optimizer steps.")
         if multiple < 1:
-            raise ValueError(f"multiple={multiple}: give 1 or more.")
+            raise RandomLTDError(f"multiple={multiple}: give 1 or more.")
         self.start, self.duration, self.multiple, self.blocks = start, duration, multiple, blocks
-        self._found: Blocks | None = None
+        self._found: list[Blocks] = []
         self._held: list[Any] = []
         self._steps = 0.0
         self._rank = 0
         self._choices: list[Choose] = []
 
     def alter_model(self, pl_module: LightningModule) -> None:
-        self._found = find_blocks(pl_module, self.blocks)
-        if len(self._found) < 3:
-            raise ValueError(
-                f"{self._found.path} has {len(self._found)} blocks. The first and the last always see all tokens, so "
-                "that RandomLTD needs three or more."
+        found = find_all_blocks(pl_module, self.blocks)
+        self._found = [one for one in found if len(one) > 2]
+        if not self._found or (self.blocks is not None and len(self._found) < len(found)):
+            short = next(one for one in found if len(one) < 3)
+            raise RandomLTDError(
+                f"{short.path} has {len(short)} blocks. The first and the last always see all tokens, so that "
+                "RandomLTD needs three or more."
             )
-        for attention in find_attention(self._found[1]):
-            if attention.kind == "torch" and not attention.module.batch_first:
-                raise ValueError(
-                    f"{self._found.path}: the attention has the batch second. RandomLTD draws tokens for each sample "
-                    "and needs nn.MultiheadAttention(batch_first=True)."
-                )
+        for one in self._found:
+            for attention in find_attention(one[1]):
+                if attention.kind == "torch" and not attention.module.batch_first:
+                    raise RandomLTDError(
+                        f"{one.path}: the attention has the batch second. RandomLTD draws tokens for each sample and "
+                        "needs nn.MultiheadAttention(batch_first=True)."
+                    )
 
     def restore_model(self, pl_module: LightningModule) -> None:
         interceptor.detach(self._held, RECORD.name)
@@ -142,7 +169,7 @@ class RandomLTD(TechniqueCallback):
         if self.duration <= 1:
             total = trainer.estimated_stepping_batches
             if not isfinite(total):
-                raise MisconfigurationException(
+                raise RandomLTDError(
                     f"RandomLTD(duration={self.duration}) is a share of a run whose length is not known. Give "
                     "Trainer(max_steps=...), or duration= in optimizer steps."
                 )
@@ -160,6 +187,18 @@ class RandomLTD(TechniqueCallback):
         for block, choose in zip(middle, self._choices, strict=True):
             interceptor.put(block, RECORD.name, interceptor.Select(choose, Side(block, choose)))
 
+    def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
+        try:
+            return call_next(batch, *args)
+        except (RuntimeError, ValueError) as error:
+            if not any(choose.cut for choose in self._choices) or isinstance(error, (EkeError, torch.OutOfMemoryError)):
+                raise  # not of our making
+            raise RandomLTDError(
+                f"The model failed where middle blocks see a part of the tokens: {error} What it computes beside the "
+                "blocks has to take any number of them. Switch off losses of a router (output_router_logits=False) and "
+                "outputs of each block, or leave RandomLTD out."
+            ) from error
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -172,17 +211,19 @@ class RandomLTD(TechniqueCallback):
     def __getstate__(self) -> dict[str, Any]:
         return {
             **super().__getstate__(),
-            "_found": None,
+            "_found": [],
             "_held": [],
             "_choices": [],
         }  # a copy meets its model anew
 
     def _middle(self) -> list[Any]:
         """The middle blocks of the moment: another technique may have added some."""
-        now = list(self._found.container)[1:-1]
+        lists = [list(one.container)[1:-1] for one in self._found]
+        now = [block for blocks in lists for block in blocks]
         if len(now) != len(self._held) or any(new is not old for new, old in zip(now, self._held, strict=True)):
             interceptor.detach([old for old in self._held if not any(old is new for new in now)], RECORD.name)
-            interceptor.attach(now, RECORD.name)
+            for blocks in lists:  # one by one: those of another list may return something else
+                interceptor.attach(blocks, RECORD.name)
             self._held = now
         return now
 
@@ -195,9 +236,14 @@ class Choose:
         self.multiple, self.seed = ltd.multiple, seed
         self.length = self.count = 0
 
+    @property
+    def cut(self) -> bool:
+        """Whether it has left tokens out."""
+        return self.count < self.length
+
     def __call__(self, hidden: Tensor) -> Tensor | None:
         if hidden.ndim != 3:
-            raise RuntimeError(
+            raise RandomLTDError(
                 f"RandomLTD met hidden states of shape {tuple(hidden.shape)} and needs (batch, length, width): blocks "
                 "with windows or images inside cannot leave tokens out."
             )
@@ -224,6 +270,13 @@ def _cut(name: str, value: Any, positions: Tensor, length: int, causal: bool) ->
         return tuple(_rows(part, positions) if _has(part, length) else part for part in value)
     if not _has(value, length) or name in _OTHER_SEQUENCE:
         return value
+    if name in _FROM_OTHER:
+        if value.ndim == 2 and len(value) != len(positions) and len(value) == length:
+            value = value[None, None]  # (length, others) for all samples
+        if value.ndim != 4 or value.shape[2] != length:
+            return value  # one row for all tokens: (batch, others), (batch, 1, 1, others)
+        mask = value.expand(len(positions), *value.shape[1:])
+        return mask.gather(2, _spread(positions[:, None, :, None], mask.shape, 2))
     if name in _MASKS and value.ndim == 4 and value.shape[-1] == length:
         mask = value.expand(len(positions), *value.shape[1:])
         if mask.shape[2] == length:
@@ -235,7 +288,7 @@ def _cut(name: str, value: Any, positions: Tensor, length: int, causal: bool) ->
             return _rows(value, positions)
         if causal:
             return value[: positions.shape[1], : positions.shape[1]]  # positions rise: the earlier ones come first
-    raise RuntimeError(
+    raise RandomLTDError(
         f"The block also gets {name} of shape {tuple(value.shape)}, with one entry for each of {length} tokens. "
         "RandomLTD does not know how to cut it to the tokens that take part: leave the technique out here."
     )

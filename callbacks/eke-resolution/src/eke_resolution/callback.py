@@ -14,7 +14,7 @@ from math import isfinite
 from typing import Any, ClassVar, Literal
 
 import torch
-from eke import Technique, TechniqueCallback
+from eke import EkeError, Technique, TechniqueCallback
 from eke.seams import batch as batches
 from eke.seams.patches import PatchEmbedding, PatchesError, find_images, find_patches, relative_positions
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -27,6 +27,10 @@ from eke_resolution.entry import RECORD
 _OWN = 16  # tokens in front of the patches that a position embedding may have rows for
 
 
+class ResolutionError(EkeError, MisconfigurationException, ValueError):
+    """An argument, a model or a run with which a model cannot begin with few tokens."""
+
+
 def scale_at(progress: float, start: float, hold: float, tail: float) -> float:
     """Share of the full side when this share of the run is done: ``start`` until ``hold``, then up on a line to 1 at
     ``1 - tail``."""
@@ -37,12 +41,18 @@ def scale_at(progress: float, start: float, hold: float, tail: float) -> float:
     return start + (1 - start) * (progress - hold) / (1 - tail - hold)
 
 
-def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Position embeddings for another grid of patches, by bicubic interpolation with antialiasing, in float32.
+def resize_positions(
+    positions: Tensor,
+    old: tuple[int, int],
+    new: tuple[int, int],
+    interpolation: Literal["bicubic", "linear"] = "bicubic",
+) -> Tensor:
+    """Position embeddings for another grid of patches, by interpolation with antialiasing, in float32.
 
     Args:
         positions: (rows, width) or (1, rows, width): some tokens of the model's own, then the patches row by row.
         old, new: Patches along height and width.
+        interpolation: ``"bicubic"``, or ``"linear"`` along both sides, as FlexiViT's authors do.
 
     Returns:
         The same with other rows; rows of the model's own tokens as they are. Differentiable.
@@ -50,7 +60,8 @@ def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, in
     rows = positions.reshape(-1, positions.shape[-1])
     own = len(rows) - old[0] * old[1]
     grid = rows[own:].float().T.reshape(1, -1, *old)
-    grid = F.interpolate(grid, size=new, mode="bicubic", antialias=True, align_corners=False)
+    mode = "bilinear" if interpolation == "linear" else interpolation
+    grid = F.interpolate(grid, size=new, mode=mode, antialias=True, align_corners=False)
     resized = torch.cat([rows[:own], grid.flatten(2)[0].T.to(rows.dtype)])
     return resized.reshape(*positions.shape[:-2], *resized.shape)
 
@@ -95,7 +106,9 @@ class Resolution(TechniqueCallback):
             ``"patches"`` are made larger, to sizes that divide the image, and their embedding with them.
         positions: Name of the position embedding, such as ``"vit.pos_embed"``. By default the one parameter outside
             the blocks that has a row for each patch. ``""`` for a model that takes images of any size by itself.
-        blocks: Dotted path of the list of blocks. Needed where a model has more than one.
+        blocks: Dotted path of the list of blocks. By default the one that sees images: of two towers, the image's.
+        interpolation: Of position embeddings: ``"bicubic"``, as ViTs are commonly resized, or ``"linear"``, as
+            FlexiViT's authors do.
 
     Raises:
         ValueError: shares outside their range; no patch embedding; relative positions; a batch without images.
@@ -113,15 +126,18 @@ class Resolution(TechniqueCallback):
         mode: Literal["images", "patches"] = "images",
         positions: str | None = None,
         blocks: str | None = None,
+        interpolation: Literal["bicubic", "linear"] = "bicubic",
     ) -> None:
         if not 0 < start <= 1:
-            raise ValueError(f"start={start}: give a share of the full side above 0, up to 1.")
+            raise ResolutionError(f"start={start}: give a share of the full side above 0, up to 1.")
         if hold < 0 or tail < 0 or hold + tail > 1:
-            raise ValueError(f"hold={hold}, tail={tail}: give shares of the run that leave room for both.")
+            raise ResolutionError(f"hold={hold}, tail={tail}: give shares of the run that leave room for both.")
         if mode not in ("images", "patches"):
-            raise ValueError(f"mode={mode!r} is none of: images, patches.")
+            raise ResolutionError(f"mode={mode!r} is none of: images, patches.")
+        if interpolation not in ("bicubic", "linear"):
+            raise ResolutionError(f"interpolation={interpolation!r} is none of: bicubic, linear.")
         self.start, self.hold, self.tail, self.mode = start, hold, tail, mode
-        self.positions, self.blocks = positions, blocks
+        self.positions, self.blocks, self.interpolation = positions, blocks, interpolation
         self._embedding: PatchEmbedding | None = None
         self._module: LightningModule | None = None
         self._total = float("inf")
@@ -148,7 +164,7 @@ class Resolution(TechniqueCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._total = trainer.estimated_stepping_batches
         if not isfinite(self._total):
-            raise MisconfigurationException(
+            raise ResolutionError(
                 "Resolution's schedule goes by the length of the run, which is not known. Give Trainer(max_steps=...)."
             )
 
@@ -189,7 +205,7 @@ class Resolution(TechniqueCallback):
         if path:
             owner, _, name = path.rpartition(".")
             holder = self._module.get_submodule(owner)
-            resized = resize_positions(getattr(holder, name), self._full, self._grid)
+            resized = resize_positions(getattr(holder, name), self._full, self._grid, self.interpolation)
             changes += _stand_in(holder, name, resized)
             if isinstance(holder, nn.Embedding):  # looked up by a buffer of row numbers, beside it
                 changes += _row_numbers(self._module.get_submodule(owner.rpartition(".")[0]), holder, len(resized))
@@ -224,7 +240,7 @@ class Resolution(TechniqueCallback):
                 and not isinstance(around.get_submodule(name.rpartition(".")[0]), nn.Linear)
             ]
         if len(fitting) != 1:
-            raise MisconfigurationException(
+            raise ResolutionError(
                 f"{len(fitting)} parameters of {type(self._module).__name__} have a row for each of {patches} patches "
                 f"of width {width}{': ' + ', '.join(fitting) if fitting else ''}. Name the position embedding, as "
                 "Resolution(positions='vit.pos_embed'), or give positions='' if the model takes any size by itself."

@@ -7,18 +7,20 @@ Transformers Using Patch Dropout", WACV 2023, https://arxiv.org/abs/2208.07220. 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from math import isfinite
 from typing import Any, ClassVar, Literal
 
 import torch
-from eke import Technique, TechniqueCallback
+from eke import EkeError, Technique, TechniqueCallback
 from eke.seams import interceptor
-from eke.seams.blocks import Blocks, find_blocks
-from eke.seams.patches import PatchesError, find_patches, relative_positions
+from eke.seams.blocks import Blocks
+from eke.seams.patches import PatchEmbedding, PatchesError, find_patches, image_blocks, relative_positions
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from eke_token_drop.entry import RECORD
 
@@ -44,6 +46,10 @@ def choose(batch: int, patches: int, count: int, prefix: int, seed: int, device:
     return torch.cat([torch.arange(prefix, device=device).expand(batch, -1), order + prefix], dim=1)
 
 
+class TokenDropError(EkeError, MisconfigurationException, ValueError, RuntimeError):
+    """An argument, a model or a run with which patches cannot be left out."""
+
+
 class TokenDrop(TechniqueCallback):
     """Leave out patches after the position embedding, anew for each sample, while training. Validation sees all.
 
@@ -52,7 +58,7 @@ class TokenDrop(TechniqueCallback):
         trainer = Trainer(max_epochs=90, callbacks=[TokenDrop(drop=0.5)])
 
         # FLIP: the image tower of a model with two, as in contrastive training
-        trainer = Trainer(callbacks=[TokenDrop(drop=0.5, tail=0.02, blocks="clip.vision_model.encoder.layers")])
+        trainer = Trainer(callbacks=[TokenDrop(drop=0.5, tail=0.02)])
 
     Args:
         drop: Share of the patches that is left out. Class and register tokens stay.
@@ -60,11 +66,12 @@ class TokenDrop(TechniqueCallback):
         schedule: ``"constant"``, or ``"linear"``: the share falls to 0 at the beginning of the tail.
         prefix: Tokens of the model's own in front of the patches, such as a class token. By default the difference
             between its tokens and the patches that its convolution cuts.
-        blocks: Dotted path of the list of blocks. Needed where a model has more than one, as one with two towers.
+        blocks: Dotted paths of lists of blocks, one or several. By default those that see images: of an image and a
+            text tower, the image's.
 
     Raises:
-        ValueError: shares outside their range; no patch embedding, without ``prefix``; relative positions.
-        MisconfigurationException: a run of unknown length with a tail; a model that fails on fewer tokens.
+        TokenDropError: shares outside their range; no patch embedding, without ``prefix``; a model of texts; relative
+            positions; a run of unknown length with a tail; a model that fails on fewer tokens.
     """
 
     technique: ClassVar[Technique] = RECORD
@@ -76,70 +83,83 @@ class TokenDrop(TechniqueCallback):
         tail: float = 0.1,
         schedule: Literal["constant", "linear"] = "constant",
         prefix: int | None = None,
-        blocks: str | None = None,
+        blocks: str | Sequence[str] | None = None,
     ) -> None:
         if not 0 <= drop < 1 or not 0 <= tail <= 1:
-            raise ValueError(f"drop={drop}, tail={tail}: give a share of the patches below 1, and one of the run.")
+            raise TokenDropError(f"drop={drop}, tail={tail}: give a share of the patches below 1, and one of the run.")
         if schedule not in ("constant", "linear"):
-            raise ValueError(f"schedule={schedule!r} is none of: constant, linear.")
+            raise TokenDropError(f"schedule={schedule!r} is none of: constant, linear.")
         if prefix is not None and prefix < 0:
-            raise ValueError(f"prefix={prefix}: give 0 or more tokens.")
+            raise TokenDropError(f"prefix={prefix}: give 0 or more tokens.")
         self.drop, self.tail, self.schedule, self.prefix, self.blocks = drop, tail, schedule, prefix, blocks
-        self._found: Blocks | None = None
-        self._first: Any = None
-        self._hook: Any = None
-        self._cut: dict[str, int] = {}  # patches that the convolution has made in this batch
+        self._entrances: list[Entrance] = []
         self._rank = 0
         self._total = float("inf")
-        self._leave: LeaveOut | None = None
+        self._leave: list[LeaveOut] = []  # of this batch, one for each entrance
 
     def alter_model(self, pl_module: LightningModule) -> None:
-        self._found = find_blocks(pl_module, self.blocks)
-        if pairs := relative_positions(self._found.container):
-            raise ValueError(
-                f"The blocks at {self._found.path!r} hold relative positions ({pairs[0]}), for all tokens in their "
-                "places: patches cannot be left out. TokenDrop serves blocks without, such as ViT's."
+        if self._entrances:
+            return
+        entrances = [Entrance(found) for found in image_blocks(pl_module, self.blocks)]
+        inside = {id(part) for one in entrances for block in one.blocks for part in block.modules()}
+        outside = [part for part in pl_module.modules() if id(part) not in inside]
+        of_text = any(isinstance(part, nn.Embedding) for part in outside)
+        if of_text and not any(isinstance(part, _ConvNd) for part in outside):
+            raise PatchesError(
+                f"{type(pl_module).__name__} embeds tokens by number and cuts no images: it has no patches. TokenDrop is for "
+                "images; on texts, eke-random-ltd leaves tokens out of the middle blocks."
             )
-        if self.prefix is None and self._hook is None:
-            try:
-                embedding = find_patches(pl_module, self.blocks)
-            except PatchesError as error:
-                raise PatchesError(f"{error} Say how many tokens precede the patches: TokenDrop(prefix=1).") from None
-            self._hook = embedding.module.register_forward_hook(partial(_count, self._cut))
+        for one in entrances:
+            if pairs := relative_positions(one.blocks.container):
+                raise TokenDropError(
+                    f"The blocks at {one.blocks.path!r} hold relative positions ({pairs[0]}), for all tokens in their "
+                    "places: patches cannot be left out. TokenDrop serves blocks without, such as ViT's."
+                )
+            if self.prefix is None:
+                try:
+                    one.count_patches(find_patches(pl_module, one.blocks.path))
+                except PatchesError as error:
+                    for other in entrances:
+                        other.close()
+                    raise PatchesError(
+                        f"{error} Say how many tokens precede the patches: TokenDrop(prefix=1)."
+                    ) from None
+        self._entrances = entrances
 
     def restore_model(self, pl_module: LightningModule) -> None:
-        if self._first is not None:
-            interceptor.detach([self._first], RECORD.name)
-        if self._hook is not None:
-            self._hook.remove()
-        self._first = self._hook = None
+        for one in self._entrances:
+            one.close()
+        self._entrances = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._rank, self._total = trainer.global_rank, trainer.estimated_stepping_batches
         if not isfinite(self._total) and (self.tail > 0 or self.schedule == "linear"):
-            raise MisconfigurationException(
+            raise TokenDropError(
                 f"TokenDrop(tail={self.tail}, schedule={self.schedule!r}) goes by the length of the run, which is not "
                 "known. Give Trainer(max_steps=...), or tail=0 with the constant schedule."
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         keep = keep_at(self.progress.steps / self._total, self.drop, self.tail, self.schedule)
-        self._leave = None
+        self._leave = []
         if keep == 1:
             return
         seed = int(torch.randint(2**40, (), generator=self.generator)) * 4096 + self._rank
-        self._leave = LeaveOut(keep, seed, self.prefix, self._cut)
-        interceptor.put(self._entrance(), RECORD.name, self._leave)
+        for number, one in enumerate(self._entrances):
+            leave = LeaveOut(keep, seed + 1024 * number, self.prefix, one.cut)
+            interceptor.put(one.first(), RECORD.name, leave)
+            self._leave.append(leave)
 
     def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
-        if self._leave is None:
+        if not self._leave:
             return call_next(batch, *args)
         try:
             return call_next(batch, *args)
         except RuntimeError as error:
-            if not self._leave.left or isinstance(error, torch.OutOfMemoryError):  # not of our making
+            left = any(leave.left for leave in self._leave)
+            if not left or isinstance(error, (EkeError, torch.OutOfMemoryError)):  # not of our making
                 raise
-            raise MisconfigurationException(
+            raise TokenDropError(
                 f"The model failed on a part of its patches: {error}. What follows the first block has to take any "
                 "number of tokens: a head on the class token or on their mean, no head for each place, no windows."
             ) from error
@@ -147,24 +167,45 @@ class TokenDrop(TechniqueCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._leave is not None:
-            interceptor.put(self._first, RECORD.name)
+        for one in self._entrances if self._leave else ():
+            interceptor.put(one.held, RECORD.name)
 
     def step_kind(self) -> str:
-        return f"{self._leave.left} patches" if self._leave is not None else "all patches"
+        return f"{self._leave[0].left} patches" if self._leave else "all patches"
 
     def __getstate__(self) -> dict[str, Any]:  # a copy meets its model anew
-        return {**super().__getstate__(), "_found": None, "_first": None, "_hook": None, "_leave": None}
+        return {**super().__getstate__(), "_entrances": [], "_leave": []}
 
-    def _entrance(self) -> Any:
+
+class Entrance:
+    """The first block of a list, and how many patches come to it."""
+
+    def __init__(self, blocks: Blocks) -> None:
+        self.blocks = blocks
+        self.cut: dict[str, int] = {}  # patches that the convolution has made in this batch
+        self.held: Any = None
+        self._hook: Any = None
+
+    def count_patches(self, embedding: PatchEmbedding) -> None:
+        """Learn from the convolution, batch by batch, how many there are."""
+        self._hook = embedding.module.register_forward_hook(partial(_count, self.cut))
+
+    def first(self) -> Any:
         """The first block of the moment: another technique may have put one in front."""
-        now = next(iter(self._found.container))
-        if now is not self._first:
-            if self._first is not None:
-                interceptor.detach([self._first], RECORD.name)
+        now = next(iter(self.blocks.container))
+        if now is not self.held:
+            if self.held is not None:
+                interceptor.detach([self.held], RECORD.name)
             interceptor.attach([now], RECORD.name)
-            self._first = now
+            self.held = now
         return now
+
+    def close(self) -> None:
+        if self.held is not None:
+            interceptor.detach([self.held], RECORD.name)
+        if self._hook is not None:
+            self._hook.remove()
+        self.held = self._hook = None
 
 
 class LeaveOut:
@@ -178,21 +219,21 @@ class LeaveOut:
 
     def __call__(self, call_next: Any, hidden: Tensor, args: Any, kwargs: Any, form: interceptor.Form) -> Any:
         if hidden.ndim != 3:
-            raise RuntimeError(
+            raise TokenDropError(
                 f"TokenDrop met hidden states of shape {tuple(hidden.shape)} and needs (batch, length, width): blocks "
                 "that work on windows or images cannot leave patches out."
             )
         length = hidden.shape[1]
         prefix = length - self.cut["patches"] if self.prefix is None else self.prefix
         if not 0 <= prefix < length:
-            raise RuntimeError(
+            raise TokenDropError(
                 f"The first block gets {length} tokens, and the model cuts {self.cut.get('patches')} patches: they "
                 f"cannot be told from its own tokens. Say how many of those come first: TokenDrop(prefix=1)."
             )
         for name, value in [*((f"argument {i}", one) for i, one in enumerate(args, 1)), *kwargs.items()]:
             for part in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(part, Tensor) and {length, length - prefix} & set(part.shape):
-                    raise RuntimeError(
+                    raise TokenDropError(
                         f"The blocks also get {name} of shape {tuple(part.shape)}, one entry a token, such as rotary "
                         "positions or a mask. TokenDrop serves models that add their positions before the blocks."
                     )

@@ -20,7 +20,13 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from eke.spec import EkeError
+
 _STATE = "_eke_interceptor"
+
+
+class InterceptorError(EkeError, RuntimeError):
+    """A block gets or returns what cannot be skipped, cut or put back."""
 
 
 class Action(Protocol):
@@ -59,10 +65,10 @@ class Form:
         """``hidden`` in the form of a block's output.
 
         Raises:
-            RuntimeError: no block of the list has run yet, or the tuple carries more than hidden states.
+            InterceptorError: no block of the list has run yet, or the tuple carries more than hidden states.
         """
         if self.length is None:
-            raise RuntimeError(
+            raise InterceptorError(
                 "A block was to be skipped before any block of its list had run, so the form of its output is not "
                 "known. Keep the first block open."
             )
@@ -72,11 +78,11 @@ class Form:
     def check(self) -> None:
         """Refuse to make up an output that holds more than hidden states."""
         if self.length == -1:
-            raise RuntimeError(
+            raise InterceptorError(
                 "The blocks return neither a tensor nor a tuple that begins with one: they cannot be intercepted."
             )
         if self.carries:
-            raise RuntimeError(
+            raise InterceptorError(
                 f"The blocks return ({', '.join(('Tensor', self.carries))}): a skipped block has no cache and no "
                 "attention maps to return. Switch those off (use_cache=False, output_attentions=False)."
             )
@@ -142,19 +148,24 @@ class Select:
         if positions is None:
             return call_next(hidden, args, kwargs)
         if hidden.is_nested:
-            raise RuntimeError(
+            raise InterceptorError(
                 "Tokens of a nested tensor cannot be chosen. "
                 "Build nn.TransformerEncoder with enable_nested_tensor=False."
             )
+        given = [*args, *kwargs.values()]
         if self.side is not None:
             args, kwargs = self.side(args, kwargs, positions)
         else:
             _refuse_side_inputs(hidden.shape[self.dim], args, kwargs)
         output = call_next(gather_tokens(hidden, positions, self.dim), args, kwargs)
-        form.check()
-        kept = output[0] if isinstance(output, tuple) else output
-        whole = scatter_tokens(hidden, kept, positions, self.dim)
-        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+        if not isinstance(output, tuple):
+            return scatter_tokens(hidden, output, positions, self.dim)
+        # What the block hands on as it got it, such as T5's position bias, the next one gets whole again.
+        whole = {id(cut): one for cut, one in zip((*args, *kwargs.values()), given, strict=True)}
+        others = [whole.get(id(item), item) for item in output[1:]]
+        if any(item is not None and id(item) not in whole for item in output[1:]):
+            form.check()
+        return (scatter_tokens(hidden, output[0], positions, self.dim), *others)
 
 
 def gather_tokens(hidden: Tensor, positions: Tensor, dim: int = 1) -> Tensor:
@@ -303,7 +314,7 @@ def _refuse_side_inputs(length: int, args: tuple[Any, ...], kwargs: dict[str, An
     for name, value in named:
         for item in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(item, Tensor) and length in item.shape:
-                raise RuntimeError(
+                raise InterceptorError(
                     f"The block also gets {name} of shape {tuple(item.shape)}, one entry a token, which would have "
                     "to be cut to the tokens that take part. This technique does not know how: leave it out here."
                 )

@@ -6,17 +6,20 @@ its kernel, puts a few tokens of its own in front, and adds a parameter with one
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from eke.seams import batch as batches
-from eke.seams.blocks import BlocksError, find_blocks
+from eke.seams.blocks import Blocks, BlocksError, find_all_blocks, find_blocks
+from eke.spec import EkeError
 
 
-class PatchesError(ValueError):
+class PatchesError(EkeError, ValueError):
     """The patch embedding of a model is not to be found, or it is none that the technique can serve."""
 
 
@@ -52,13 +55,14 @@ def find_patches(module: nn.Module, blocks: str | None = None) -> PatchEmbedding
 
     Args:
         module: A model, a LightningModule, or anything that holds one.
-        blocks: Dotted path of the list of blocks. The search goes from there outwards: of two towers, each its own.
+        blocks: Dotted path of the list of blocks. The search goes from there outwards: of two towers, each its own. By
+            default the blocks that see images, see :func:`image_blocks`.
 
     Raises:
         PatchesError: there is none, or there are several.
         BlocksError: the blocks are not to be found.
     """
-    found = find_blocks(module, blocks)
+    found = find_blocks(module, blocks) if blocks is not None else one_of(module, image_blocks(module))
     inside = {id(part) for block in found for part in block.modules()}
     path = found.path
     while True:
@@ -81,6 +85,57 @@ def find_patches(module: nn.Module, blocks: str | None = None) -> PatchEmbedding
         )
     stem = tuple(name for name in convolutions if name != cutting[0])
     return PatchEmbedding(cutting[0], convolutions[cutting[0]], stem)
+
+
+def image_blocks(module: nn.Module, paths: str | Sequence[str] | None = None) -> list[Blocks]:
+    """The lists of blocks that see an image's patches: of an image and a text tower, the first alone.
+
+    Args:
+        module: A model, a LightningModule, or anything that holds one.
+        paths: Dotted paths of the lists. By default, for each convolution that cuts images, the list whose path has
+            most in common with its own; where nothing cuts images, the list that :func:`find_blocks` finds.
+
+    Raises:
+        BlocksError: the blocks are not to be found.
+    """
+    if paths is not None:
+        return find_all_blocks(module, paths)
+    try:
+        lists = find_all_blocks(module)
+    except BlocksError:
+        return [find_blocks(module)]
+    inside = {id(part) for one in lists for block in one for part in block.modules()}
+    cutting = [
+        name
+        for name, part in module.named_modules()
+        if isinstance(part, _ConvNd) and part.kernel_size == part.stride and id(part) not in inside
+    ]
+    near: set[str] = set()
+    for name in cutting:
+        closeness = {one.path: _closeness(name, one.path) for one in lists}
+        near |= {path for path, close in closeness.items() if close == max(closeness.values())}
+    return [one for one in lists if one.path in near] or [find_blocks(module)]
+
+
+def _closeness(name: str, path: str) -> tuple[int, int]:
+    """How much of their paths two modules share; of those that share as much, the shorter path is closer."""
+    parts, others = name.split("."), path.split(".")
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(parts, others, strict=False)))
+    return shared, -len(others)
+
+
+def one_of(module: nn.Module, lists: list[Blocks]) -> Blocks:
+    """The one list that was found.
+
+    Raises:
+        BlocksError: there are several.
+    """
+    if len(lists) > 1:
+        raise BlocksError(
+            f"{type(module).__name__} holds {len(lists)} lists of blocks that see images: "
+            f"{', '.join(repr(one.path) for one in lists)}. Say which one is meant, as blocks={lists[0].path!r}."
+        )
+    return lists[0]
 
 
 def find_images(batch: Any, channels: int) -> Tensor:
@@ -107,4 +162,13 @@ def relative_positions(module: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in named if "relative_position" in name or "rel_pos" in name)
 
 
-__all__ = ["BlocksError", "PatchEmbedding", "PatchesError", "find_images", "find_patches", "relative_positions"]
+__all__ = [
+    "BlocksError",
+    "PatchEmbedding",
+    "PatchesError",
+    "find_images",
+    "find_patches",
+    "image_blocks",
+    "one_of",
+    "relative_positions",
+]
