@@ -182,4 +182,5 @@ def test_a_strategy_that_shards_is_refused_before_the_first_step():
             fn = "fit"
 
     with pytest.raises(Exception, match="LayerDrop skips blocks, for which processes that shard them under Sharding"):
-        LayerDrop().check(FakeTrainer(), None)
+        technique = LayerDrop()
+        technique.check(eke.Run(technique, FakeTrainer(), None))

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import eke
 import pytest
 import torch
 from eke.seams import interceptor
@@ -84,7 +85,7 @@ def test_the_encoder_sees_the_class_token_and_a_quarter_of_the_patches():
 
 
 def started(technique, model):
-    technique.alter_model(model)
+    technique.alter_model(eke.Run(technique, None, model))
     return technique
 
 

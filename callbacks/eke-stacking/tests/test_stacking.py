@@ -567,7 +567,8 @@ def test_a_strategy_that_shards_is_refused():
 
     trainer = SimpleNamespace(strategy=FSDPStrategy(), state=SimpleNamespace(fn="fit"))
     with pytest.raises(MisconfigurationException, match="which FSDPStrategy cannot follow.*strategy='ddp'"):
-        Stacking().check(trainer, TinyBlocks())
+        technique = Stacking()
+        technique.check(eke.Run(technique, trainer, TinyBlocks()))
 
 
 def test_shares_of_a_run_without_an_end_are_refused():

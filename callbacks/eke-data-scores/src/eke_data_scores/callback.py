@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from eke import Technique, TechniqueCallback
+from eke import Run, Technique, TechniqueCallback
 from eke.seams.losses import LossError, capture
 from eke.seams.samples import Samples, all_ranks, joined
 from eke.seams.scores import Scores, check_data, fingerprint
@@ -63,12 +63,13 @@ class Score(TechniqueCallback):
         self._forgot = torch.zeros(0)
         self._learned = torch.zeros(0)
 
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def check(self, run: Run) -> None:
+        trainer = run.trainer
         if trainer.state.fn == "fit":
             self._reset()
             self._trainer = trainer
 
-    def alter_loader(self, loader: Any) -> Any:
+    def alter_loader(self, run: Run, loader: Any) -> Any:
         loader = self._samples.attach(self._trainer, loader)
         if not self._data:
             self._data = fingerprint(loader.dataset)
@@ -82,11 +83,11 @@ class Score(TechniqueCallback):
             self._forgot, self._learned = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.bool)
         return loader
 
-    def restore_model(self, pl_module: LightningModule) -> None:
+    def end_run(self, run: Run) -> None:
         self._samples.detach()
         self._trainer = None
 
-    def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
+    def around_step(self, run: Run, call_next: Any, batch: Any, *args: Any) -> Any:
         numbers = self._samples.batch()
         with capture(len(numbers), lambda losses: None, batch) as captured:
             output = call_next(batch, *args)
@@ -178,12 +179,13 @@ class Pruned(TechniqueCallback):
         self._trainer: Trainer | None = None
         self._samples = Samples()
 
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def check(self, run: Run) -> None:
+        trainer = run.trainer
         if trainer.state.fn == "fit":
             self._trainer = trainer
             self._samples = Samples()
 
-    def alter_loader(self, loader: Any) -> Any:
+    def alter_loader(self, run: Run, loader: Any) -> Any:
         loader = self._samples.attach(self._trainer, loader)
         scores = Scores.load(self.file)
         check_data(scores, loader.dataset, self.file)
@@ -200,11 +202,12 @@ class Pruned(TechniqueCallback):
         self._samples.kept = torch.zeros(self._samples.count, dtype=torch.bool).index_fill(0, kept, True)
         return loader
 
-    def restore_model(self, pl_module: LightningModule) -> None:
+    def end_run(self, run: Run) -> None:
         self._samples.detach()
         self._trainer = None
 
-    def begin_samples(self, trainer: Trainer) -> None:
+    def begin_samples(self, run: Run) -> None:
+        trainer = run.trainer
         self._samples.begin(trainer)
 
     def __getstate__(self) -> dict[str, Any]:

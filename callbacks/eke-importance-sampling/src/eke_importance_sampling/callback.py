@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import torch
-from eke import Technique, TechniqueCallback
+from eke import Run, Technique, TechniqueCallback
 from eke.seams.batch import rows, size
 from eke.seams.losses import Capture, capture
 from eke.seams.scoring import error_norms, scoring_pass
@@ -105,14 +105,16 @@ class ImportanceSampling(TechniqueCallback):
         self._trainer: Trainer | None = None
         self._module: LightningModule | None = None
 
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def check(self, run: Run) -> None:
+        trainer = run.trainer
+        pl_module = run.module
         if trainer.state.fn == "fit":
             self._trainer, self._module, self._gain = trainer, pl_module, 0.0
 
-    def restore_model(self, pl_module: LightningModule) -> None:
+    def end_run(self, run: Run) -> None:
         self._trainer = self._module = None
 
-    def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
+    def around_step(self, run: Run, call_next: Any, batch: Any, *args: Any) -> Any:
         if self.keep == 1:
             return call_next(batch, *args)
         presample = size(batch)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from eke import Technique, TechniqueCallback
+from eke import Run, Technique, TechniqueCallback
 from eke.seams.losses import capture
 from eke.seams.samples import Samples, all_ranks, joined
 from eke.seams.scoring import error_norms
@@ -91,12 +91,13 @@ class RAIS(TechniqueCallback):
         self._captured: list[tuple[Tensor, Tensor]] = []  # of this process, since the epoch began
         self.gain = 1.0
 
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def check(self, run: Run) -> None:
+        trainer = run.trainer
         if trainer.state.fn == "fit":
             self._reset()
             self._trainer = trainer
 
-    def alter_loader(self, loader: Any) -> Any:
+    def alter_loader(self, run: Run, loader: Any) -> Any:
         loader = self._samples.attach(self._trainer, loader)
         if not len(self._norms):
             count = self._samples.count
@@ -104,17 +105,18 @@ class RAIS(TechniqueCallback):
             self._weights = torch.ones(count, dtype=torch.float64)
         return loader
 
-    def restore_model(self, pl_module: LightningModule) -> None:
+    def end_run(self, run: Run) -> None:
         self._samples.detach()
         self._trainer = None
 
-    def begin_samples(self, trainer: Trainer) -> None:
+    def begin_samples(self, run: Run) -> None:
+        trainer = run.trainer
         self._samples.begin(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._samples.begin(trainer)
 
-    def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
+    def around_step(self, run: Run, call_next: Any, batch: Any, *args: Any) -> Any:
         numbers = self._samples.batch()
         weights = None if self._samples.order is None else self._weights[numbers].float()
         with capture(len(numbers), lambda losses: weights, batch) as captured:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from eke import Technique, TechniqueCallback
+from eke import Run, Technique, TechniqueCallback
 from eke.seams.losses import capture
 from eke.seams.samples import Samples, all_ranks, joined, keep_pace
 from lightning.pytorch import LightningModule, Trainer
@@ -89,13 +89,14 @@ class InfoBatch(TechniqueCallback):
         self._scores = self._seen = self._weights = torch.zeros(0)
         self._captured: list[tuple[Tensor, Tensor]] = []  # of this process, since the epoch began
 
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def check(self, run: Run) -> None:
+        trainer = run.trainer
         if trainer.state.fn != "fit":
             return
         self._reset()  # a new run; one that goes on gets its state back after this
         self._trainer = trainer
 
-    def alter_loader(self, loader: Any) -> Any:
+    def alter_loader(self, run: Run, loader: Any) -> Any:
         if self.ratio == 0:
             return loader
         loader = self._samples.attach(self._trainer, loader)
@@ -105,11 +106,12 @@ class InfoBatch(TechniqueCallback):
             self._plan(0)
         return loader
 
-    def restore_model(self, pl_module: LightningModule) -> None:
+    def end_run(self, run: Run) -> None:
         self._samples.detach()
         self._trainer = None
 
-    def begin_samples(self, trainer: Trainer) -> None:
+    def begin_samples(self, run: Run) -> None:
+        trainer = run.trainer
         if self.ratio:
             self._samples.begin(trainer)
 
@@ -117,7 +119,7 @@ class InfoBatch(TechniqueCallback):
         if self.ratio:
             self._samples.begin(trainer)
 
-    def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
+    def around_step(self, run: Run, call_next: Any, batch: Any, *args: Any) -> Any:
         if self.ratio == 0:
             return call_next(batch, *args)
         numbers = self._samples.batch()

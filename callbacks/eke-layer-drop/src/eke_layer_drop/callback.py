@@ -12,7 +12,7 @@ from math import exp, isfinite
 from typing import Any, ClassVar, Literal
 
 import torch
-from eke import Technique, TechniqueCallback, compat
+from eke import Run, Technique, TechniqueCallback, compat
 from eke.seams import interceptor
 from eke.seams.blocks import Blocks, find_blocks
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -95,7 +95,8 @@ class LayerDrop(TechniqueCallback):
         self._runs = 0
         self._cut = False
 
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def check(self, run: Run) -> None:
+        trainer = run.trainer
         if trainer.state.fn != "fit":
             return
         shards = getattr(trainer.strategy, "shards_in_setup", False)  # FSDP2 waits for no block that is not called
@@ -106,10 +107,11 @@ class LayerDrop(TechniqueCallback):
             )
         compat.expect_unused_parameters(trainer.strategy)
 
-    def alter_model(self, pl_module: LightningModule) -> None:
+    def alter_model(self, run: Run) -> None:
+        pl_module = run.module
         self._found = find_blocks(pl_module, self.blocks)
 
-    def restore_model(self, pl_module: LightningModule) -> None:
+    def end_run(self, run: Run) -> None:
         interceptor.detach(self._held, RECORD.name)
         self._held = []
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from math import isfinite
 from typing import Any, ClassVar, Literal
 
-from eke import Technique, TechniqueCallback
+from eke import Run, Technique, TechniqueCallback
 from eke.seams import batch as batches
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
@@ -117,7 +117,7 @@ class LengthWarmup(TechniqueCallback):
                 )
             self._steps = self.duration * total
 
-    def alter_batch(self, batch: Any) -> Any:
+    def alter_batch(self, run: Run, batch: Any) -> Any:
         if self.progress.steps >= self._steps:
             self._length = 0
             return batch

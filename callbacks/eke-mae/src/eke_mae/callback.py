@@ -14,7 +14,7 @@ from math import isfinite
 from typing import Any, ClassVar, Literal
 
 import torch
-from eke import Technique, TechniqueCallback, compat
+from eke import Run, Technique, TechniqueCallback, compat
 from eke.seams import interceptor
 from eke.seams.blocks import Blocks, find_blocks
 from eke.seams.patches import PatchEmbedding, PatchesError, find_images, find_patches, relative_positions
@@ -115,7 +115,8 @@ class MAE(TechniqueCallback):
         self._steps = float("inf")
         self._kind = ""
 
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def check(self, run: Run) -> None:
+        trainer = run.trainer
         if trainer.state.fn != "fit":
             return
         if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
@@ -125,7 +126,8 @@ class MAE(TechniqueCallback):
             )
         compat.expect_unused_parameters(trainer.strategy)  # a head that labels would train
 
-    def alter_model(self, pl_module: LightningModule) -> None:
+    def alter_model(self, run: Run) -> None:
+        pl_module = run.module
         if self._sight is not None:
             return
         if pairs := relative_positions(pl_module):
@@ -146,13 +148,14 @@ class MAE(TechniqueCallback):
         path = _common(embedding.path, found.path) if self.encoder is None else self.encoder
         self._sight = Sight(pl_module.get_submodule(path) if path else pl_module, embedding, found, path)
 
-    def restore_model(self, pl_module: LightningModule) -> None:
+    def end_run(self, run: Run) -> None:
+        pl_module = run.module
         if self._sight is not None:
             self._sight.close()
             del pl_module._modules[NAME]
         self._sight = self._module = None
 
-    def alter_optimizer(self, optimizer: Optimizer) -> Optimizer:
+    def alter_optimizer(self, run: Run, optimizer: Optimizer) -> Optimizer:
         held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
         # Into a group that is there: a scheduler that knows the groups by number knows it.
         optimizer.param_groups[0]["params"] += [one for one in self.decoder.parameters() if id(one) not in held]
@@ -169,7 +172,7 @@ class MAE(TechniqueCallback):
             self.duration if self.duration > 1 else float("inf") if self.duration == 1 else self.duration * total
         )
 
-    def around_step(self, call_next: Any, batch: Any, *args: Any) -> Tensor:
+    def around_step(self, run: Run, call_next: Any, batch: Any, *args: Any) -> Tensor:
         if self.progress.steps >= self._steps:
             self._kind = ""
             return call_next(batch, *args)

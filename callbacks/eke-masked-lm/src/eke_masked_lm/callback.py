@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from eke import Technique, TechniqueCallback
+from eke import Run, Technique, TechniqueCallback
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
@@ -54,11 +54,11 @@ class Masking(TechniqueCallback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._evaluated = 0
 
-    def alter_batch(self, batch: Any) -> Any:
+    def alter_batch(self, run: Run, batch: Any) -> Any:
         seed = int(torch.randint(2**40, (), generator=self.generator)) * 4096 + self._rank
         return self.hide(batch, seed)
 
-    def alter_eval_batch(self, batch: Any) -> Any:
+    def alter_eval_batch(self, run: Run, batch: Any) -> Any:
         self._evaluated += 1
         return self.hide(batch, _EVALUATION * 2**32 + self._evaluated)
 
@@ -137,7 +137,8 @@ class MaskedLM(Masking):
         given = dict(special=tokenizer.all_special_ids, continues=_continuing(tokenizer))
         return cls(tokenizer.mask_token_id, len(tokenizer), **{**given, **arguments})
 
-    def alter_model(self, pl_module: LightningModule) -> None:
+    def alter_model(self, run: Run) -> None:
+        pl_module = run.module
         if self.head is None or self._hooked is not None:
             return
         try:
@@ -149,7 +150,7 @@ class MaskedLM(Masking):
             ) from None
         self._hooked = module.register_forward_pre_hook(partial(_keep_hidden, self._hidden))
 
-    def restore_model(self, pl_module: LightningModule) -> None:
+    def end_run(self, run: Run) -> None:
         if self._hooked is not None:
             self._hooked.remove()
         self._hooked = None

@@ -11,7 +11,7 @@ from math import isfinite
 from typing import Any, ClassVar
 
 import torch
-from eke import Technique, TechniqueCallback
+from eke import Run, Technique, TechniqueCallback
 from eke.seams import interceptor
 from eke.seams.blocks import Blocks, find_attention, find_blocks
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -119,7 +119,8 @@ class RandomLTD(TechniqueCallback):
         self._rank = 0
         self._choices: list[Choose] = []
 
-    def alter_model(self, pl_module: LightningModule) -> None:
+    def alter_model(self, run: Run) -> None:
+        pl_module = run.module
         self._found = find_blocks(pl_module, self.blocks)
         if len(self._found) < 3:
             raise ValueError(
@@ -133,7 +134,7 @@ class RandomLTD(TechniqueCallback):
                     "and needs nn.MultiheadAttention(batch_first=True)."
                 )
 
-    def restore_model(self, pl_module: LightningModule) -> None:
+    def end_run(self, run: Run) -> None:
         interceptor.detach(self._held, RECORD.name)
         self._held = []
 

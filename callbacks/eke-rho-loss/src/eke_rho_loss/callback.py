@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from eke import Technique, TechniqueCallback
+from eke import Run, Technique, TechniqueCallback
 from eke.seams.batch import rows
 from eke.seams.samples import Samples
 from eke.seams.scores import Scores, check_data
@@ -75,12 +75,14 @@ class RhoLoss(TechniqueCallback):
         self._samples = Samples()
         self._irreducible = torch.zeros(0)
 
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def check(self, run: Run) -> None:
+        trainer = run.trainer
+        pl_module = run.module
         if trainer.state.fn == "fit":
             self._reset()
             self._trainer, self._module = trainer, pl_module
 
-    def alter_loader(self, loader: Any) -> Any:
+    def alter_loader(self, run: Run, loader: Any) -> Any:
         if self.file == ZERO or self.keep == 1:
             return loader
         loader = self._samples.attach(self._trainer, loader)
@@ -94,11 +96,11 @@ class RhoLoss(TechniqueCallback):
         self._irreducible = scores.values
         return loader
 
-    def restore_model(self, pl_module: LightningModule) -> None:
+    def end_run(self, run: Run) -> None:
         self._samples.detach()
         self._trainer = self._module = None
 
-    def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
+    def around_step(self, run: Run, call_next: Any, batch: Any, *args: Any) -> Any:
         if self.keep == 1:
             return call_next(batch, *args)
         losses = scoring_pass(self._module, call_next, batch, *args).losses

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from eke import Technique, TechniqueCallback
+from eke import Run, Technique, TechniqueCallback
 from eke.seams.batch import rows
 from eke.seams.scoring import scoring_pass
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -77,7 +77,9 @@ class SelectiveBackprop(TechniqueCallback):
         self._kind = ""
         self._module: LightningModule | None = None
 
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def check(self, run: Run) -> None:
+        trainer = run.trainer
+        pl_module = run.module
         if trainer.state.fn != "fit":
             return
         self._module = pl_module
@@ -87,7 +89,7 @@ class SelectiveBackprop(TechniqueCallback):
                 "max_epochs."
             )
 
-    def restore_model(self, pl_module: LightningModule) -> None:
+    def end_run(self, run: Run) -> None:
         self._module = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -105,7 +107,7 @@ class SelectiveBackprop(TechniqueCallback):
         inside = self.start * self._total <= step < self.end * self._total
         return self.keep < 1 and inside and not (self.interrupt and step % self.interrupt == 0)
 
-    def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
+    def around_step(self, run: Run, call_next: Any, batch: Any, *args: Any) -> Any:
         self._kind = "selects" if self.selecting else "plain"
         if self._kind == "plain":
             return call_next(batch, *args)

@@ -12,7 +12,7 @@ from math import isfinite
 from typing import Any, ClassVar, Literal
 
 import torch
-from eke import Technique, TechniqueCallback
+from eke import Run, Technique, TechniqueCallback
 from eke.seams import interceptor
 from eke.seams.blocks import Blocks, find_blocks
 from eke.seams.patches import PatchesError, find_patches, relative_positions
@@ -93,7 +93,8 @@ class TokenDrop(TechniqueCallback):
         self._total = float("inf")
         self._leave: LeaveOut | None = None
 
-    def alter_model(self, pl_module: LightningModule) -> None:
+    def alter_model(self, run: Run) -> None:
+        pl_module = run.module
         self._found = find_blocks(pl_module, self.blocks)
         if pairs := relative_positions(self._found.container):
             raise ValueError(
@@ -107,7 +108,7 @@ class TokenDrop(TechniqueCallback):
                 raise PatchesError(f"{error} Say how many tokens precede the patches: TokenDrop(prefix=1).") from None
             self._hook = embedding.module.register_forward_hook(partial(_count, self._cut))
 
-    def restore_model(self, pl_module: LightningModule) -> None:
+    def end_run(self, run: Run) -> None:
         if self._first is not None:
             interceptor.detach([self._first], RECORD.name)
         if self._hook is not None:
@@ -131,7 +132,7 @@ class TokenDrop(TechniqueCallback):
         self._leave = LeaveOut(keep, seed, self.prefix, self._cut)
         interceptor.put(self._entrance(), RECORD.name, self._leave)
 
-    def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
+    def around_step(self, run: Run, call_next: Any, batch: Any, *args: Any) -> Any:
         if self._leave is None:
             return call_next(batch, *args)
         try:

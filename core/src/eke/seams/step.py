@@ -1,19 +1,13 @@
-"""Around the forward and backward of a step: extra passes over an accumulation window, no-sync, silent logging.
-
-The tricks it hides: an optimizer that calls Lightning's closure twice breaks accumulation and the gradient scaler and
-logs the wrong loss; ``strategy.backward`` would fire every callback hook again; DDP must reduce only on a
-window's last pass.
-"""
+"""Around the forward and backward of a step: no-sync, silent logging, the loss that a step returns."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from inspect import signature
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -21,6 +15,11 @@ def no_sync(trainer: Trainer) -> AbstractContextManager[None]:
     """Leave out DDP's gradient reduction inside; nothing under other strategies."""
     model = trainer.strategy.model
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def loss_of(output: Tensor | Mapping[str, Any]) -> Tensor:
+    """The loss in what ``training_step`` returned."""
+    return output if isinstance(output, Tensor) else output["loss"]
 
 
 @contextmanager
@@ -37,24 +36,3 @@ def muted(pl_module: LightningModule) -> Iterator[None]:
                 vars(pl_module).pop(name)
             else:
                 vars(pl_module)[name] = value
-
-
-def replay(trainer: Trainer, pl_module: LightningModule, window: list[tuple[Any, int]], scale: float = 1.0) -> None:
-    """Run forward and backward again over the batches of an accumulation window, adding to ``.grad``.
-
-    Call it from ``on_before_optimizer_step``: clipping and the optimizer's step then follow once, as usual.
-
-    Args:
-        trainer, pl_module: As given to the hook.
-        window: ``(batch, batch_idx)`` of each batch since the last optimizer step.
-        scale: The gradient scaler's factor, 1 without one. The gradients carry it.
-    """
-    accumulate = len(window)
-    takes_index = "batch_idx" in signature(pl_module.training_step).parameters
-    for i, (batch, batch_idx) in enumerate(window):
-        last = i == accumulate - 1
-        with muted(pl_module), nullcontext() if last else no_sync(trainer):
-            arguments = (batch, batch_idx) if takes_index else (batch,)
-            output = trainer.strategy.training_step(*arguments)
-            loss = output if isinstance(output, torch.Tensor) else output["loss"]
-            trainer.precision_plugin.backward(loss / trainer.accumulate_grad_batches * scale, pl_module, None)

@@ -14,9 +14,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from eke import NoEffectWarning, TechniqueCallback, compat
+from eke import NoEffectWarning, Run, TechniqueCallback, compat
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
@@ -120,15 +120,17 @@ class Adam8bit(TechniqueCallback):
         self._chosen = ""
         self._module: LightningModule | None = None
 
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def check(self, run: Run) -> None:
+        trainer = run.trainer
+        pl_module = run.module
         fitting = trainer.state.fn == "fit"
         self._chosen = choose(self.backend, trainer.strategy) if fitting else ""
         self._module = pl_module if fitting else None
 
-    def restore_model(self, pl_module: LightningModule) -> None:
+    def end_run(self, run: Run) -> None:
         self._module = None
 
-    def alter_optimizer(self, optimizer: Optimizer) -> Optimizer:
+    def alter_optimizer(self, run: Run, optimizer: Optimizer) -> Optimizer:
         keep = self._kept()
         twin = eight_bit(
             optimizer, keep_32bit=keep, backend=self._chosen, min_elements=self.min_elements, compile=self.compile
