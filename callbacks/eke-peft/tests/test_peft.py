@@ -296,8 +296,8 @@ def test_adalora_says_what_it_lacks():
         tune(Classifier(), PEFT("adalora", settings={"tinit": 5, "tfinal": 3}))
     strategy = ModelParallelStrategy()
     trainer = SimpleNamespace(strategy=strategy, state=SimpleNamespace(fn="fit"))
+    technique = PEFT("adalora")
     with pytest.raises(PEFTError, match="whole gradients, which ModelParallelStrategy shards"):
-        technique = PEFT("adalora")
         technique.check(eke.Run(technique, trainer, TinyBlocks()))
 
 

@@ -566,8 +566,8 @@ def test_a_strategy_that_shards_is_refused():
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     trainer = SimpleNamespace(strategy=FSDPStrategy(), state=SimpleNamespace(fn="fit"))
+    technique = Stacking()
     with pytest.raises(MisconfigurationException, match="which FSDPStrategy cannot follow.*strategy='ddp'"):
-        technique = Stacking()
         technique.check(eke.Run(technique, trainer, TinyBlocks()))
 
 

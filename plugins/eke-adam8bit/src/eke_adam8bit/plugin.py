@@ -118,20 +118,12 @@ class Adam8bit(TechniqueCallback):
         self.min_elements = min_elements
         self.compile = compile
         self._chosen = ""
-        self._module: LightningModule | None = None
 
     def check(self, run: Run) -> None:
-        trainer = run.trainer
-        pl_module = run.module
-        fitting = trainer.state.fn == "fit"
-        self._chosen = choose(self.backend, trainer.strategy) if fitting else ""
-        self._module = pl_module if fitting else None
-
-    def end_run(self, run: Run) -> None:
-        self._module = None
+        self._chosen = choose(self.backend, run.trainer.strategy) if run.fitting else ""
 
     def alter_optimizer(self, run: Run, optimizer: Optimizer) -> Optimizer:
-        keep = self._kept()
+        keep = self._kept(run.module)
         twin = eight_bit(
             optimizer, keep_32bit=keep, backend=self._chosen, min_elements=self.min_elements, compile=self.compile
         )
@@ -161,13 +153,7 @@ class Adam8bit(TechniqueCallback):
                 f"Give Adam8bit(backend={saved!r})."
             )
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_module": None}
-
-    def _kept(self) -> list[Tensor]:
-        module = self._module
-        if module is None:  # outside a run
-            return []
+    def _kept(self, module: LightningModule) -> list[Tensor]:
         named = dict(module.named_parameters())
         for pattern in self.keep_32bit:
             if not any(fnmatch(name, pattern) for name in named):
