@@ -212,6 +212,18 @@ def test_a_loss_term_outside_of_a_step_is_none_and_a_vector_is_refused():
         trainer(Vector()).fit(Net(), data())
 
 
+def test_a_loss_term_that_the_record_does_not_declare_is_refused():
+    class Silent(Technique):
+        technique = eke.Technique(name="silent", kind="callback")
+
+        def around_step(self, run, call_next, batch, *args):
+            run.add_loss(run.module.layer.bias.sum())
+            return call_next(batch, *args)
+
+    with pytest.raises(eke.EkeError, match="silent adds to the loss, which its record does not say"):
+        trainer(Silent()).fit(Net(), data())
+
+
 def test_after_each_step_of_the_optimizer_and_only_then():
     class Counts(Technique):
         def __init__(self):

@@ -17,6 +17,7 @@ from eke.seams.passes import Passes
 from eke.seams.progress import Progress, Until
 from eke.seams.schedulers import scale_group
 from eke.seams.terms import LossTerms
+from eke.spec import EkeError
 
 if TYPE_CHECKING:
     from eke.technique import TechniqueCallback
@@ -157,8 +158,16 @@ class Run:
         Args:
             term: With graph. The technique declares ``"changes loss"``.
             name: Under which the term is logged, as ``eke/<technique>/<name>``, at the Trainer's interval.
+
+        Raises:
+            EkeError: no scalar; a record that does not declare it.
         """
-        self._terms.add(self.name, term, name)
+        if self._terms is not None:
+            self._terms.add(self.name, term, name)
+        elif self.fitting:
+            raise EkeError(
+                f"{self.name} adds to the loss, which its record does not say: effects=('changes loss', ...)."
+            )
 
     def once(self, key: str, make: Callable[[], T]) -> T:
         """``make()``, once for the batch at hand: in a second pass the value of the first. For what draws or counts."""
