@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import eke
 import torch
 from eke_bench import Benchmark, Timing, main_of
 from eke_bench.workloads.vit import ConvViT, digits
@@ -24,7 +25,7 @@ def steps(size: str) -> dict[str, Callable[[], Any]]:
     torch.manual_seed(0)
     model = ConvViT(6, {"smoke": 32, "cpu": 128, "gpu": 768}[size], patch=2, lr=1e-4, steps=10**9).to(device)
     mae = MAE(0.75)
-    mae.alter_model(model)
+    mae.alter_model(eke.Run(mae, None, model))
     model.to(device)
     optimizer = model.configure_optimizers()["optimizer"]
     images = digits()[0][: 16 if size != "gpu" else 256].to(device)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from eke.seams.data import IndexTap, use_policy
+from eke.seams.data import IndexTap
 from eke.seams.state import rng_state, set_rng_state
 from eke.spec import Technique
 from eke.technique import TechniqueCallback
@@ -193,53 +193,15 @@ def test_another_number_of_processes_goes_on_and_says_so(tmp_path, caplog):
     assert "written by 2 processes and this run has 1" in caplog.text
 
 
-def test_a_policy_that_keeps_the_length_resumes_in_mid_epoch(tmp_path):
-    class Reversed(Draws):
-        def alter_loader(self, loader):
-            return use_policy(
-                self.progress.trainer, loader, lambda epoch, generator: torch.randperm(10, generator=generator)
-            )
-
-    whole, _ = run(LOADERS["shuffled"](), technique=Reversed)
-    cut, _ = run(LOADERS["shuffled"](), Kill(tmp_path / "a.ckpt", batches=7), technique=Reversed)
-    rest, _ = run(LOADERS["shuffled"](), seed=99, ckpt=tmp_path / "a.ckpt", technique=Reversed)
-    assert cut.seen + rest.seen == whole.seen
-
-
-def test_a_policy_deals_an_epoch_out_to_the_ranks_without_overlap():
-    from eke.seams.data import PolicySampler
-
-    def policy(epoch, generator):
-        return torch.randperm(11, generator=generator)[: 5 + epoch]
-
-    samplers = [PolicySampler(policy, seed=1, rank=rank, world_size=2) for rank in (0, 1)]
-    for sampler in samplers:
-        sampler.set_epoch(3)
-    first, second = map(list, samplers)
-    assert len(first) == len(second) == 4
-    assert not set(first) & set(second)
-    again = PolicySampler(policy, seed=1, rank=0, world_size=2)
-    assert list(again) != first  # another epoch, another draw
-
-
-def test_an_iterable_dataset_cannot_have_its_samples_chosen():
-    class Chooses(Draws):
-        def alter_loader(self, loader):
-            return use_policy(self.progress.trainer, loader, lambda epoch, generator: [0])
-
-    with pytest.raises(ValueError, match="DataLoader over Stream has no sampler.*map-style dataset"):
-        run(LOADERS["iterable"](), technique=Chooses)
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_tap_names_the_samples_of_each_batch(workers):
     class Taps(Draws):
-        def alter_loader(self, loader):
+        def alter_loader(self, run, loader):
             self.tap = IndexTap(loader)
             return loader
 
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            self.drawn.append((self.tap.next_indices(), batch[:, 0].tolist()))
+            self.drawn.append((self.tap.at(batch_idx), batch[:, 0].tolist()))
 
     loader = DataLoader(TENSORS, batch_size=3, shuffle=True, num_workers=workers)
     _, technique = run(loader, technique=Taps)

@@ -16,7 +16,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-ALONE = SimpleNamespace(world_size=1, fit_loop=SimpleNamespace(batch_idx=1))
+TRAINER = SimpleNamespace(fit_loop=SimpleNamespace(batch_idx=1))
+ALONE = SimpleNamespace(world_size=1, trainer=TRAINER, at_end=lambda undo: None)
 DATA = TensorDataset(torch.arange(20))
 
 

@@ -18,16 +18,17 @@ class Marks(TechniqueCallback):
     def __init__(self):
         self.started = []
 
-    def alter_batch(self, batch):
+    def alter_batch(self, run, batch):
         return batch[0], batch[1] + 1000
 
-    def alter_eval_batch(self, batch):
+    def alter_eval_batch(self, run, batch):
         return batch[0], batch[1] + 2000
 
     def on_train_start(self, trainer, pl_module):
         self.started.append("on_train_start")
 
-    def begin_samples(self, trainer):
+    def begin_samples(self, run):
+        trainer = run.trainer
         self.started.append(f"begin_samples of {trainer.num_training_batches}")
 
 

@@ -54,22 +54,22 @@ class Writes(eke.TechniqueCallback):
     def note(self, what):
         self.notes.append((self.technique.name, what))
 
-    def alter_model(self, pl_module):
+    def alter_model(self, run):
         self.note("model")
 
-    def alter_optimizer(self, optimizer):
+    def alter_optimizer(self, run, optimizer):
         self.note("optimizer")
         return optimizer
 
-    def alter_loader(self, loader):
+    def alter_loader(self, run, loader):
         self.note("loader")
         return loader
 
-    def alter_batch(self, batch):
+    def alter_batch(self, run, batch):
         self.note("batch")
         return batch
 
-    def around_step(self, call_next, batch, *args):
+    def around_step(self, run, call_next, batch, *args):
         self.note("step")
         return call_next(batch, *args)
 
@@ -160,7 +160,7 @@ def test_nothing_stays_after_an_exception_and_a_second_fit_works():
 
 def test_what_a_refusing_technique_had_wrapped_before_is_unwrapped():
     class Refuses(technique("refuses", "reads loss")):
-        def check(self, trainer, pl_module):
+        def check(self, run):
             raise MisconfigurationException("not here")
 
     model = Net()

@@ -2,6 +2,7 @@
 
 import itertools
 
+import eke
 import pytest
 import torch
 from eke_importance_sampling import ImportanceSampling, draw, gain
@@ -120,7 +121,7 @@ def test_below_the_threshold_it_is_a_plain_run_on_the_first_part():
 def test_it_begins_to_look_once_the_gain_is_there():
     technique = ImportanceSampling(1 / 3, threshold=0.05, smoothing=0.9)
     fit(technique)
-    assert technique.step_kind() == "looks"  # the mean starts from 0, and a gain is 1 or more
+    assert technique.step_kind() == "scores"  # the mean starts from 0, and a gain is 1 or more
 
 
 def test_sequences_of_unequal_length_keep_the_mean_over_tokens():
@@ -138,7 +139,7 @@ def test_sequences_of_unequal_length_keep_the_mean_over_tokens():
 
     technique = ImportanceSampling(1 / 3, threshold=0.0, smoothing=0.0)
     module = Sequences()
-    technique._module, technique._trainer = module, Trainer(logger=False, accelerator="cpu")
+    run = eke.Run(technique, Trainer(logger=False, accelerator="cpu"), module)
     expected, shares = torch.zeros(3, 5), []
     for sample in range(3):
 
@@ -148,7 +149,7 @@ def test_sequences_of_unequal_length_keep_the_mean_over_tokens():
             return torch.tensor([sample]), (1 / (3 * share)).reshape(1)
 
         with patch("eke_importance_sampling.callback.draw", only):
-            loss = technique.around_step(module.training_step, [inputs, classes])
+            loss = technique.around_step(run, module.training_step, [inputs, classes])
         expected += shares[-1] * torch.autograd.grad(loss, model.weight)[0]
     loss = F.cross_entropy(model(inputs).transpose(1, 2), classes)
     assert torch.allclose(expected, torch.autograd.grad(loss, model.weight)[0], atol=1e-6)

@@ -181,5 +181,6 @@ def test_a_strategy_that_shards_is_refused_before_the_first_step():
         class state:
             fn = "fit"
 
+    technique = LayerDrop()
     with pytest.raises(Exception, match="LayerDrop skips blocks, for which processes that shard them under Sharding"):
-        LayerDrop().check(FakeTrainer(), None)
+        technique.check(eke.Run(technique, FakeTrainer(), None))

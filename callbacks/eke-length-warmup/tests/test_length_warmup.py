@@ -7,11 +7,11 @@ import pytest
 import torch
 from eke.testing import TinyBlocks, TinyViT, fit
 from eke.testing.data import VOCABULARY
-from eke_length_warmup import LengthError, LengthWarmup, length_at, row_length, shorten, split, token_progress
+from eke_length_warmup import SequenceError, LengthWarmup, length_at, row_length, shorten, split, token_progress
 from eke_length_warmup.sequence import find_sequences, windows
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 
 def test_lengths_rise_in_a_line_and_are_rounded_down():
@@ -115,7 +115,7 @@ def test_what_goes_by_token_can_be_said():
     assert short["dense"] is dense
     assert [one.shape[1] for one in shorten((ids, tags, dense), 8, [0, 2])] == [8, 32, 8]
     with pytest.raises(
-        LengthError, match=r"names 'tag', and the batch has input_ids \(4, 32\) int64.*Name parts of shape"
+        SequenceError, match=r"names 'tag', and the batch has input_ids \(4, 32\) int64.*Name parts of shape"
     ):
         shorten({"input_ids": ids}, 8, ["tag"])
 
@@ -248,7 +248,7 @@ def test_hugging_face_models_have_finite_losses_from_the_first_short_step(name, 
     }  # fmt: skip
     warmup = LengthWarmup(8, duration=100, mode=mode)
     if (kind, mode) == ("answer", "reshape"):
-        with pytest.raises(LengthError, match="start_positions"):
+        with pytest.raises(SequenceError, match="start_positions"):
             finite_steps(make[name](), [hf_batch(kind)] * 3, warmup)
         return
     losses = finite_steps(make[name](), [hf_batch(kind)] * 3, warmup)
@@ -270,7 +270,7 @@ def test_a_step_that_fails_on_what_was_left_whole_says_so():
             return batches(*batch)
 
     with pytest.raises(
-        LengthError, match=r"left tags whole.*LengthWarmup\(sequence=\['input_ids', 'labels', \.\.\.\]\)"
+        SequenceError, match=r"left tags whole.*LengthWarmup\(sequence=\['input_ids', 'labels', \.\.\.\]\)"
     ):
         fit(Named(), LengthWarmup(4, duration=100, multiple=4))
     fit(Named(), LengthWarmup(4, duration=100, multiple=4, sequence=["input_ids", "tags"]))
@@ -375,9 +375,25 @@ def test_a_run_has_the_lengths_of_the_schedule_one_for_each_window(accumulate):
 
 
 def test_a_share_is_one_of_the_whole_run():
-    warmup = LengthWarmup(2, duration=0.5, multiple=2)
-    fit(TinyBlocks(), warmup)  # 12 steps
-    assert warmup._steps == 6
+    lengths = Lengths()
+    fit(TinyBlocks(), LengthWarmup(2, duration=0.5, multiple=1), callbacks=[lengths])  # 12 steps
+    whole = next(iter(TinyBlocks().train_dataloader()))[0].shape[1]
+    assert [lengths.train[step] for step in range(12)] == [{length_at(step, 6, 2, whole, 1)} for step in range(12)]
+
+
+def test_a_share_of_a_run_of_unknown_length_is_refused():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter([(IDS[0], IDS[0])] * 4)
+
+    class Streamed(TinyBlocks):
+        def train_dataloader(self):
+            return DataLoader(Stream(), batch_size=2)
+
+    with pytest.raises(
+        ValueError, match=r"LengthWarmup\(duration=0.3\) goes by the length of the run, which is not known"
+    ):
+        fit(Streamed(), LengthWarmup(4))
 
 
 def test_reshape_keeps_the_tokens_of_a_step():

@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 
+import eke
 import pytest
 import torch
 from eke.seams import interceptor
@@ -138,7 +139,7 @@ def test_the_encoder_sees_the_class_token_and_a_quarter_of_the_patches():
 
 
 def started(technique, model):
-    technique.alter_model(model)
+    technique.alter_model(eke.Run(technique, None, model))
     return technique
 
 

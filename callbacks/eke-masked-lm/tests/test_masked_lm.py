@@ -477,7 +477,7 @@ def test_mass_with_nothing_to_hide_has_a_finite_loss_times_zero():
     batch = technique.hide({"input_ids": torch.full((2, 6), PAD)}, 0)
     assert (batch["labels"] != -100).sum() == 1
     assert batch["decoder_attention_mask"].any(1).all()
-    assert technique.around_step(lambda batch: torch.tensor(3.0), batch) == 0
+    assert technique.around_step(None, lambda batch: torch.tensor(3.0), batch) == 0
 
 
 def test_mass_begins_at_the_beginning_in_a_fifth_and_ends_at_the_end_in_a_fifth():

@@ -33,7 +33,7 @@ def fit(model, technique, epochs=2, **options):
 def put(method, model=None, **arguments):
     """A model with an adapter, and the technique that put it in."""
     model, technique = model or TinyBlocks(), PEFT(method, **arguments)
-    technique.alter_model(model)
+    technique.alter_model(eke.Run(technique, None, model))
     return model, technique
 
 
@@ -151,7 +151,7 @@ def test_bitfit_trains_biases_alone_and_refuses_a_model_without():
             self.blocks = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(3))
 
     with pytest.raises(PEFTError, match="no biases that BitFit could train"):
-        PEFT("bitfit").alter_model(Plain())
+        put("bitfit", Plain())
 
 
 @pytest.mark.parametrize("deep", [False, True])
@@ -172,7 +172,7 @@ def test_visual_prompts_are_seen_by_the_blocks_and_nobody_else(deep):
     assert prompts.shape == (4 if deep else 1, 3, 16)
     bound = (6 / (model.patches.weight[0].numel() if hasattr(model, "patches") else 12 + 16)) ** 0.5
     assert prompts.abs().max() <= max(bound, 1)
-    technique.restore_model(model)
+    technique.end_run(eke.Run(technique, None, model))
 
 
 def test_a_prompt_of_one_block_does_not_reach_those_of_the_next():
@@ -185,7 +185,7 @@ def test_a_prompt_of_one_block_does_not_reach_those_of_the_next():
     logits(model)
     handle.remove()
     assert torch.equal(seen[0], seen[1])
-    technique.restore_model(model)
+    technique.end_run(eke.Run(technique, None, model))
 
 
 def test_the_backbone_is_in_eval_while_prompts_train():
@@ -244,7 +244,7 @@ RANKS = {"init_r": 6, "target_r": 2, "tinit": 2, "tfinal": 2, "init_lora_weights
 def test_adalora_ends_where_peft_in_a_bare_loop_does():
     lit, bare = Classifier(), Classifier()
     technique = PEFT("adalora", settings={**RANKS, "total_step": 8})
-    technique.alter_model(lit)
+    technique.alter_model(eke.Run(technique, None, lit))
     targets = linear_layers(bert())
     config = peft.AdaLoraConfig(**RANKS, total_step=8, lora_alpha=32, target_modules=targets)
     model = peft.get_peft_model(bare.model, config)
@@ -296,8 +296,9 @@ def test_adalora_says_what_it_lacks():
         tune(Classifier(), PEFT("adalora", settings={"tinit": 5, "tfinal": 3}))
     strategy = ModelParallelStrategy()
     trainer = SimpleNamespace(strategy=strategy, state=SimpleNamespace(fn="fit"))
+    technique = PEFT("adalora")
     with pytest.raises(PEFTError, match="whole gradients, which ModelParallelStrategy shards"):
-        PEFT("adalora").check(trainer, TinyBlocks())
+        technique.check(eke.Run(technique, trainer, TinyBlocks()))
 
 
 # Hugging Face
@@ -375,7 +376,8 @@ def test_loftq_begins_at_the_best_approximation_of_what_rounding_took(kind, tmp_
 
     plain, model = Classifier(), Classifier()
     make = lambda: PEFT("loftq", settings={"r": 4}, quantize=kind)  # noqa: E731
-    make().alter_model(model)
+    technique = make()
+    technique.alter_model(eke.Run(technique, None, model))
     names = linear_layers(plain.model)
     for name in names:
         layer, weight = model.model.get_submodule(name), plain.model.get_submodule(name).weight

@@ -48,15 +48,9 @@ class Plus(nn.Module):
         return x + self.by
 
 
-def ltd(start=0.5, duration=10, multiple=1):
-    technique = RandomLTD(start, duration=duration, multiple=multiple)
-    technique._steps = duration
-    return technique
-
-
 def test_chosen_tokens_go_through_the_block_and_the_others_pass_by_with_gradient_one():
     block, x = Plus(1.0), torch.randn(3, 8, 2, requires_grad=True)
-    choose = Choose(ltd(), 0, seed=5)
+    choose = Choose(0.0, 0.5, 1, seed=5)
     interceptor.attach([block], "test")
     interceptor.put(block, "test", interceptor.Select(choose, Side(block, choose)))
     out = block(x)
@@ -106,7 +100,7 @@ def intercepted(blocks):
     middle = list(blocks)[1:-1]
     interceptor.attach(middle, "test")
     for number, block in enumerate(middle):
-        choose = Choose(ltd(), 0, seed=number)
+        choose = Choose(0.0, 0.5, 1, seed=number)
         interceptor.put(block, "test", interceptor.Select(choose, Side(block, choose)))
 
 
@@ -272,7 +266,7 @@ def test_lists_that_are_named_are_the_ones():
     assert [set(lengths) for name, lengths in seen.items() if "decoder" in name] == [{16}, {8}, {8}, {16}]
     assert all(set(lengths) == {16} for name, lengths in seen.items() if "encoder" in name)
     with pytest.raises(RandomLTDError, match="has 2 blocks. The first and the last always see"):
-        RandomLTD(blocks=["model.encoder.block", "model.decoder.block"]).alter_model(Library("t5", 2))
+        train(Library("t5", 2), RandomLTD(blocks=["model.encoder.block", "model.decoder.block"]), "t5")
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -384,9 +378,9 @@ def test_models_that_it_cannot_serve_are_refused_before_the_first_step():
             self.encoder = nn.TransformerEncoder(layer, 4)
 
     with pytest.raises(ValueError, match="the attention has the batch second"):
-        RandomLTD().alter_model(TimeFirst())
+        fit(TimeFirst(), RandomLTD())
 
 
 def test_windows_of_an_image_are_refused():
     with pytest.raises(RuntimeError, match=r"hidden states of shape \(2, 4, 4, 8\) and needs \(batch, length, width\)"):
-        Choose(ltd(), 0, 0)(torch.zeros(2, 4, 4, 8))
+        Choose(0.0, 0.5, 1, 0)(torch.zeros(2, 4, 4, 8))

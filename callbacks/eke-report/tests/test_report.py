@@ -27,12 +27,13 @@ class Remat(eke.TechniqueCallback):
     def __init__(self):
         self.wrapped = []
 
-    def alter_model(self, pl_module):
+    def alter_model(self, run):
+        pl_module = run.module
         for block in find_blocks(pl_module).modules if not self.wrapped else ():
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
             self.wrapped.append(block)
 
-    def restore_model(self, pl_module):
+    def end_run(self, run):
         for block in self.wrapped:
             del block.forward
         self.wrapped = []
@@ -72,10 +73,12 @@ class Slows(eke.TechniqueCallback):
 
     technique = eke.Technique(name="slows", kind="callback", effects=("changes activations",), exactness="exact")
 
-    def alter_model(self, pl_module):
+    def alter_model(self, run):
+        pl_module = run.module
         pl_module.on = True
 
-    def restore_model(self, pl_module):
+    def end_run(self, run):
+        pl_module = run.module
         pl_module.on = False
 
 

@@ -89,5 +89,8 @@ def test_wrong_arguments_are_refused(wrong):
 
 
 def test_a_run_without_an_end_is_refused():
-    with pytest.raises(MisconfigurationException, match="no end"):
+    with pytest.raises(
+        MisconfigurationException,
+        match=r"SelectiveBackprop\(start=0.5\) goes by the length of the run, which is not known",
+    ):
         fit(SelectiveBackprop(), max_epochs=-1)

@@ -566,8 +566,9 @@ def test_a_strategy_that_shards_is_refused():
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     trainer = SimpleNamespace(strategy=FSDPStrategy(), state=SimpleNamespace(fn="fit"))
+    technique = Stacking()
     with pytest.raises(MisconfigurationException, match="which FSDPStrategy cannot follow.*strategy='ddp'"):
-        Stacking().check(trainer, TinyBlocks())
+        technique.check(eke.Run(technique, trainer, TinyBlocks()))
 
 
 def test_shares_of_a_run_without_an_end_are_refused():

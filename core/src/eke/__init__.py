@@ -13,6 +13,7 @@ from eke.registry import available, create, get, trainer_kwargs
 from eke.spec import ConflictError, EkeError, NoEffectWarning, Offer, Technique, hookimpl
 
 if TYPE_CHECKING:
+    from eke.run import Run
     from eke.seams.losses import reduce_loss
     from eke.technique import TechniqueCallback, TechniqueStrategy, load_from_checkpoint, techniques
 
@@ -21,12 +22,14 @@ __path__ = extend_path(__path__, __name__)
 
 _LAZY = dict.fromkeys(("TechniqueCallback", "TechniqueStrategy", "load_from_checkpoint", "techniques"), "eke.technique")
 _LAZY["reduce_loss"] = "eke.seams.losses"
+_LAZY["Run"] = "eke.run"
 
 __all__ = [
     "ConflictError",
     "EkeError",
     "NoEffectWarning",
     "Offer",
+    "Run",
     "Technique",
     "TechniqueCallback",
     "TechniqueStrategy",

@@ -19,6 +19,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 __all__ = [
     "MemTracker",
@@ -33,12 +34,15 @@ __all__ = [
     "leave_finished_epoch",
     "leave_out_of_ddp",
     "memory_profile",
+    "loss_scale",
     "parse_optimizers",
+    "parse_schedulers",
     "process_store",
     "saves_sharded",
     "set_epoch_length",
     "start_at",
     "start_fake_processes",
+    "unscale_again",
     "unset_fake_temporarily",
 ]
 
@@ -91,6 +95,39 @@ def parse_optimizers(returned: Any) -> tuple[list[Optimizer], list[Any]]:
     """Optimizers and schedulers in whatever form ``configure_optimizers`` returned them."""
     optimizers, schedulers, _ = _configure_optimizers(returned)
     return list(optimizers), [item["scheduler"] if isinstance(item, dict) else item for item in schedulers]
+
+
+def parse_schedulers(returned: Any) -> tuple[list[Optimizer], list[dict[str, Any]]]:
+    """Optimizers, and each schedule as a mapping that ``configure_optimizers`` may return."""
+    optimizers, schedulers, monitor = _configure_optimizers(returned)
+    configs = [dict(item) if isinstance(item, dict) else {"scheduler": item} for item in schedulers]
+    for config in configs:
+        if monitor is not None and isinstance(config["scheduler"], ReduceLROnPlateau):
+            config.setdefault("monitor", monitor)
+    return list(optimizers), configs
+
+
+def loss_scale(trainer: Trainer) -> float:
+    """The gradient scaler's factor, 1 without one."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler.get_scale() if scaler is not None else 1.0
+
+
+def unscale_again(trainer: Trainer, optimizer: Optimizer, module: nn.Module) -> None:
+    """Divide gradients by the scaler's factor where it has unscaled those of this step already, and let it see if these
+    overflowed."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None:
+        return
+    factor = 1 / scaler.get_scale()
+    gradients = [one.grad for one in module.parameters() if one.grad is not None]
+    for gradient in gradients:
+        gradient.mul_(factor)
+    found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+    for device, seen in found.items():
+        mine = [one for one in gradients if one.device == device]
+        if mine and not all(bool(one.isfinite().all()) for one in mine):
+            seen.fill_(1.0)
 
 
 def batches_done(trainer: Trainer) -> int:

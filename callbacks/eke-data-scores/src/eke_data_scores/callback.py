@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from eke import Technique, TechniqueCallback
+from eke import Run, Technique, TechniqueCallback
 from eke.seams.losses import LossError, capture
 from eke.seams.samples import Samples, all_ranks, joined
 from eke.seams.scores import Scores, check_data, fingerprint
@@ -55,7 +55,6 @@ class Score(TechniqueCallback):
         self._reset()
 
     def _reset(self) -> None:
-        self._trainer: Trainer | None = None
         self._samples = Samples()
         self._data = ""
         self._captured: list[tuple[Tensor, Tensor]] = []  # of this process, in the running epoch
@@ -63,13 +62,12 @@ class Score(TechniqueCallback):
         self._forgot = torch.zeros(0)
         self._learned = torch.zeros(0)
 
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit":
+    def check(self, run: Run) -> None:
+        if run.fitting:
             self._reset()
-            self._trainer = trainer
 
-    def alter_loader(self, loader: Any) -> Any:
-        loader = self._samples.attach(self._trainer, loader)
+    def alter_loader(self, run: Run, loader: Any) -> Any:
+        loader = self._samples.attach(run, loader)
         if not self._data:
             self._data = fingerprint(loader.dataset)
             if Path(self.file).exists():
@@ -82,15 +80,13 @@ class Score(TechniqueCallback):
             self._forgot, self._learned = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.bool)
         return loader
 
-    def restore_model(self, pl_module: LightningModule) -> None:
-        self._samples.detach()
-        self._trainer = None
-
-    def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
-        numbers = self._samples.batch()
+    def around_step(self, run: Run, call_next: Any, batch: Any, *args: Any) -> Any:
+        numbers = run.once("samples", self._samples.batch)
         with capture(len(numbers), lambda losses: None, batch) as captured:
             output = call_next(batch, *args)
-        self._captured.append((numbers, self._value(captured)))
+        values = self._value(captured)
+        if run.first_pass:
+            self._captured.append((numbers, values))
         return output
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -121,9 +117,6 @@ class Score(TechniqueCallback):
         self._last, self._forgot, self._learned = state["last"], state["forgot"], state["learned"]
         self._samples.load_state_dict(state["samples"])
         self._captured = [(state["numbers"], state["values"])]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_trainer": None}
 
     def _value(self, captured: Any) -> Tensor:
         losses = captured.check()
@@ -175,16 +168,14 @@ class Pruned(TechniqueCallback):
         choose(some.double(), keep, mode, skip=skip, classes=some, balance=balance, seed=seed)  # refuses at once
         self.file, self.keep, self.mode, self.skip, self.seed = str(file), keep, mode, skip, seed
         self.balance = balance
-        self._trainer: Trainer | None = None
         self._samples = Samples()
 
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit":
-            self._trainer = trainer
+    def check(self, run: Run) -> None:
+        if run.fitting:
             self._samples = Samples()
 
-    def alter_loader(self, loader: Any) -> Any:
-        loader = self._samples.attach(self._trainer, loader)
+    def alter_loader(self, run: Run, loader: Any) -> Any:
+        loader = self._samples.attach(run, loader)
         scores = Scores.load(self.file)
         check_data(scores, loader.dataset, self.file)
         classes = classes_of(loader.dataset) if self.balance else None
@@ -200,12 +191,5 @@ class Pruned(TechniqueCallback):
         self._samples.kept = torch.zeros(self._samples.count, dtype=torch.bool).index_fill(0, kept, True)
         return loader
 
-    def restore_model(self, pl_module: LightningModule) -> None:
-        self._samples.detach()
-        self._trainer = None
-
-    def begin_samples(self, trainer: Trainer) -> None:
-        self._samples.begin(trainer)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_trainer": None}
+    def begin_samples(self, run: Run) -> None:
+        self._samples.begin()

@@ -11,11 +11,10 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import torch
-from eke import Technique, TechniqueCallback
+from eke import Run, Technique, TechniqueCallback
 from eke.seams.batch import rows, size
 from eke.seams.losses import Capture, capture
 from eke.seams.scoring import error_norms, scoring_pass
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from eke_importance_sampling.entry import RECORD
@@ -102,39 +101,29 @@ class ImportanceSampling(TechniqueCallback):
         self.threshold = 1 + 1 / (3 * keep) if threshold is None else threshold
         self._gain = 0.0
         self._kind = ""
-        self._trainer: Trainer | None = None
-        self._module: LightningModule | None = None
 
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit":
-            self._trainer, self._module, self._gain = trainer, pl_module, 0.0
+    def check(self, run: Run) -> None:
+        if run.fitting:
+            self._gain = 0.0
 
-    def restore_model(self, pl_module: LightningModule) -> None:
-        self._trainer = self._module = None
-
-    def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
+    def around_step(self, run: Run, call_next: Any, batch: Any, *args: Any) -> Any:
         if self.keep == 1:
             return call_next(batch, *args)
-        presample = size(batch)
-        count = max(1, round(self.keep * presample))
-        self._kind = "looks" if self._gain >= self.threshold else "plain"
+        count = max(1, round(self.keep * size(batch)))
+        self._kind = run.once("kind", lambda: "scores" if self._gain >= self.threshold else "plain")
         if self._kind == "plain":
             first = rows(batch, torch.arange(count))
             with capture(count, lambda losses: None, first) as captured:
                 output = call_next(first, *args)
-            self._observe(self._scores(captured))
-            return output
-        looked = scoring_pass(self._module, call_next, batch, *args)
-        scores = self._scores(looked)
-        chosen, weights = draw(scores, count, self.generator)
-        # A loss over tokens divides by those of the batch at hand; the mean is over those of the presample.
-        tokens = looked.valid.flatten(1).sum(1).cpu() if looked.valid.ndim > 1 else looked.valid.cpu()
-        weights = weights * float(tokens[chosen].sum() / (count * tokens.mean()).clamp(min=1e-9))
-        drawn = rows(batch, chosen)
-        with capture(count, lambda losses: weights, drawn) as captured:
-            output = call_next(drawn, *args)
-        captured.check()
-        self._observe(scores)
+            scores = self._scores(captured)
+        else:
+            chosen, weights, scores = run.once("drawn", lambda: self._draw(run, call_next, batch, args, count))
+            drawn = rows(batch, chosen)
+            with capture(count, lambda losses: weights, drawn) as captured:
+                output = call_next(drawn, *args)
+            captured.check()
+        if run.first_pass:
+            self._observe(run, scores)
         return output
 
     def step_kind(self) -> str:
@@ -146,16 +135,22 @@ class ImportanceSampling(TechniqueCallback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._gain = state["gain"]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_trainer": None, "_module": None}
+    def _draw(self, run: Run, step: Any, batch: Any, args: Any, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Numbers and weights of the samples to train on, and the scores that they were drawn by."""
+        scored = scoring_pass(run.module, step, batch, *args)
+        scores = self._scores(scored)
+        chosen, weights = draw(scores, count, run.generator)
+        # A loss over tokens divides by those of the batch at hand; the mean is over those of the presample.
+        tokens = scored.valid.flatten(1).sum(1).cpu() if scored.valid.ndim > 1 else scored.valid.cpu()
+        return chosen, weights * float(tokens[chosen].sum() / (count * tokens.mean()).clamp(min=1e-9)), scores
 
     def _scores(self, captured: Capture) -> Tensor:
         losses = captured.check()
         return error_norms(captured) if self.by == "gradient" else losses.clamp(min=0)
 
-    def _observe(self, scores: Tensor) -> None:
+    def _observe(self, run: Run, scores: Tensor) -> None:
         found = gain(scores)
-        if self._trainer.world_size > 1:  # all processes look, or none: sharded weights are gathered in the look
-            mean = torch.tensor(found, device=self._trainer.strategy.root_device)
-            found = float(self._trainer.strategy.reduce(mean, reduce_op="mean"))
+        if run.world_size > 1:  # all processes have a scoring pass, or none: sharded weights are gathered in it
+            mean = torch.tensor(found, device=run.device)
+            found = float(run.trainer.strategy.reduce(mean, reduce_op="mean"))
         self._gain = self.smoothing * self._gain + (1 - self.smoothing) * found

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from eke import Technique, TechniqueCallback
+from eke import Run, Technique, TechniqueCallback
 from eke.seams.losses import capture
 from eke.seams.samples import Samples, all_ranks, joined
 from eke.seams.scoring import error_norms
@@ -85,42 +85,37 @@ class RAIS(TechniqueCallback):
         self._reset()
 
     def _reset(self) -> None:
-        self._trainer: Trainer | None = None
         self._samples = Samples()
         self._norms = self._age = self._weights = torch.zeros(0)
         self._captured: list[tuple[Tensor, Tensor]] = []  # of this process, since the epoch began
         self.gain = 1.0
 
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit":
+    def check(self, run: Run) -> None:
+        if run.fitting:
             self._reset()
-            self._trainer = trainer
 
-    def alter_loader(self, loader: Any) -> Any:
-        loader = self._samples.attach(self._trainer, loader)
+    def alter_loader(self, run: Run, loader: Any) -> Any:
+        loader = self._samples.attach(run, loader)
         if not len(self._norms):
             count = self._samples.count
             self._norms, self._age = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.int64)
             self._weights = torch.ones(count, dtype=torch.float64)
         return loader
 
-    def restore_model(self, pl_module: LightningModule) -> None:
-        self._samples.detach()
-        self._trainer = None
-
-    def begin_samples(self, trainer: Trainer) -> None:
-        self._samples.begin(trainer)
+    def begin_samples(self, run: Run) -> None:
+        self._samples.begin()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._samples.begin(trainer)
+        self._samples.begin()
 
-    def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
-        numbers = self._samples.batch()
+    def around_step(self, run: Run, call_next: Any, batch: Any, *args: Any) -> Any:
+        numbers = run.once("samples", self._samples.batch)
         weights = None if self._samples.order is None else self._weights[numbers].float()
         with capture(len(numbers), lambda losses: weights, batch) as captured:
             output = call_next(batch, *args)
         captured.check()
-        self._captured.append((numbers, error_norms(captured)))
+        if run.first_pass:
+            self._captured.append((numbers, error_norms(captured)))
         return output
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -151,6 +146,3 @@ class RAIS(TechniqueCallback):
         self.gain = state["gain"]
         self._samples.load_state_dict(state["samples"])
         self._captured = [(state["numbers"], state["captured"])]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_trainer": None}

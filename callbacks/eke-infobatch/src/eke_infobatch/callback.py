@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from eke import Technique, TechniqueCallback
+from eke import Run, Technique, TechniqueCallback
 from eke.seams.losses import capture
 from eke.seams.samples import Samples, all_ranks, joined, keep_pace
 from lightning.pytorch import LightningModule, Trainer
@@ -84,47 +84,42 @@ class InfoBatch(TechniqueCallback):
         self._reset()
 
     def _reset(self) -> None:
-        self._trainer: Trainer | None = None
         self._samples = Samples()
         self._scores = self._seen = self._weights = torch.zeros(0)
         self._captured: list[tuple[Tensor, Tensor]] = []  # of this process, since the epoch began
 
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit":
-            return
-        self._reset()  # a new run; one that goes on gets its state back after this
-        self._trainer = trainer
+    def check(self, run: Run) -> None:
+        if run.fitting:
+            self._reset()  # a new run; one that goes on gets its state back after this
 
-    def alter_loader(self, loader: Any) -> Any:
+    def alter_loader(self, run: Run, loader: Any) -> Any:
         if self.ratio == 0:
             return loader
-        loader = self._samples.attach(self._trainer, loader)
+        loader = self._samples.attach(run, loader)
         if not len(self._scores):
             self._scores = torch.zeros(self._samples.count, dtype=torch.float64)
             self._seen = torch.zeros(self._samples.count, dtype=torch.bool)
-            self._plan(0)
+            self._plan(run, 0)
         return loader
 
-    def restore_model(self, pl_module: LightningModule) -> None:
-        self._samples.detach()
-        self._trainer = None
-
-    def begin_samples(self, trainer: Trainer) -> None:
+    def begin_samples(self, run: Run) -> None:
         if self.ratio:
-            self._samples.begin(trainer)
+            self._samples.begin()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.ratio:
-            self._samples.begin(trainer)
+            self._samples.begin()
 
-    def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
+    def around_step(self, run: Run, call_next: Any, batch: Any, *args: Any) -> Any:
         if self.ratio == 0:
             return call_next(batch, *args)
-        numbers = self._samples.batch()
+        numbers = run.once("samples", self._samples.batch)
         weights = self._weights[numbers].float()
         with capture(len(numbers), lambda losses: None if bool((weights == 1).all()) else weights, batch) as captured:
             output = call_next(batch, *args)
-        self._captured.append((numbers, captured.check()))
+        losses = captured.check()
+        if run.first_pass:
+            self._captured.append((numbers, losses))
         return output
 
     def on_train_batch_end(
@@ -139,7 +134,7 @@ class InfoBatch(TechniqueCallback):
             numbers, losses = all_ranks(trainer, *joined(self._captured))
             self._scores[numbers], self._seen[numbers] = losses.double(), True
             self._captured = []
-            self._plan(trainer.current_epoch + 1)
+            self._plan(self.run, trainer.current_epoch + 1)
 
     def state_dict(self) -> dict[str, Any]:
         numbers, losses = joined(self._captured)
@@ -151,14 +146,8 @@ class InfoBatch(TechniqueCallback):
         self._samples.load_state_dict(state["samples"])
         self._captured = [(state["numbers"], state["losses"])]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_trainer": None}
-
-    def _plan(self, epoch: int) -> None:
-        trainer = self._trainer
-        by_steps = trainer.max_steps > 0
-        progress = self.progress.steps / trainer.max_steps if by_steps else epoch / trainer.max_epochs
-        prunes = self.start <= epoch and progress < 1 - self.anneal
+    def _plan(self, run: Run, epoch: int) -> None:
+        prunes = self.start <= epoch and run.progress.share < 1 - self.anneal
         kept, self._weights = plan_epoch(self._scores, self._seen & prunes, self.ratio, self.generator)
         self._samples.kept = torch.zeros(self._samples.count, dtype=torch.bool)
         self._samples.kept[kept] = True

@@ -8,13 +8,12 @@ reference [97].
 
 from __future__ import annotations
 
-from math import exp, isfinite
+from math import exp
 from typing import Any, ClassVar, Literal
 
 import torch
-from eke import Technique, TechniqueCallback, compat
+from eke import Run, Technique, TechniqueCallback, compat
 from eke.seams import interceptor
-from eke.seams.blocks import Blocks, find_blocks
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -27,9 +26,10 @@ def theta(step: float, keep: float, gamma: float) -> float:
     """How likely the last block is to run at an optimizer step: ``(1 - keep) exp(-gamma step) + keep``.
 
     Args:
-        step: Optimizer steps done.
+        step: Optimizer steps done, or the share of the run that is done.
         keep: What it falls to, theta-bar in the paper.
-        gamma: How fast. With 100 over the number of steps it is at 0.68 after 1 % of the run for ``keep=0.5``.
+        gamma: How fast, for each step, or for the whole run: with 100 for the whole it is at 0.68 after 1 % of it for
+            ``keep=0.5``.
 
     Source:
         Zhang and He 2020, section 4.2.
@@ -89,75 +89,55 @@ class LayerDrop(TechniqueCallback):
                 f"gamma={gamma} with schedule={schedule!r}: give 0 or more, with the progressive schedule."
             )
         self.keep, self.schedule, self.gamma, self.rescale, self.blocks = keep, schedule, gamma, rescale, blocks
-        self._found: Blocks | None = None
-        self._held: list[Any] = []
-        self._falls = 0.0
+        self._blocks: interceptor.InterceptedBlocks | None = None
         self._runs = 0
         self._cut = False
 
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit":
+    def check(self, run: Run) -> None:
+        if not run.fitting:
             return
-        shards = getattr(trainer.strategy, "shards_in_setup", False)  # FSDP2 waits for no block that is not called
-        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)) and not shards:
+        strategy = run.trainer.strategy
+        shards = getattr(strategy, "shards_in_setup", False)  # FSDP2 waits for no block that is not called
+        if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not shards:
             raise MisconfigurationException(
-                f"LayerDrop skips blocks, for which processes that shard them under {type(trainer.strategy).__name__} "
+                f"LayerDrop skips blocks, for which processes that shard them under {type(strategy).__name__} "
                 "would wait. Use one device, strategy='ddp' or ZeRO of eke-zero, or leave it out."
             )
-        compat.expect_unused_parameters(trainer.strategy)
+        compat.expect_unused_parameters(strategy)
+        if self.schedule == "progressive" and self.gamma is None:
+            run.until(1.0, "gamma")  # the schedule goes by the length of the run
 
-    def alter_model(self, pl_module: LightningModule) -> None:
-        self._found = find_blocks(pl_module, self.blocks)
-
-    def restore_model(self, pl_module: LightningModule) -> None:
-        interceptor.detach(self._held, RECORD.name)
-        self._held = []
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.schedule == "progressive":
-            steps = trainer.estimated_stepping_batches
-            if self.gamma is None and not isfinite(steps):
-                raise MisconfigurationException(
-                    "LayerDrop's schedule goes by the length of the run, which is not known. Give "
-                    "Trainer(max_steps=...), or LayerDrop(gamma=...)."
-                )
-            self._falls = 100 / steps if self.gamma is None else self.gamma
+    def alter_model(self, run: Run) -> None:
+        self._blocks = run.blocks(self.blocks)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         last = self._last()
         self._cut = last < 1
         if not self._cut:
             return
-        blocks = self._current()
+        blocks = self._blocks.now()
         chances = keep_probabilities(len(blocks), last)
         runs = torch.rand(len(blocks), dtype=torch.float64, generator=self.generator) < chances
         self._runs = int(runs.sum())
-        for block, run, chance in zip(blocks, runs.tolist(), chances.tolist(), strict=True):
-            interceptor.put(block, RECORD.name, *self._actions(run, chance))
+        for block, runs_now, chance in zip(blocks, runs.tolist(), chances.tolist(), strict=True):
+            self._blocks.put(block, *self._actions(runs_now, chance))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        for block in self._held if self._cut else ():  # validation, and whoever looks in between, sees the model whole
-            interceptor.put(block, RECORD.name)
+        if self._cut:  # validation, and whoever looks in between, sees the model whole
+            self._blocks.clear()
 
     def step_kind(self) -> str:
-        return f"{self._runs} of {len(self._held)} blocks" if self._cut else "all blocks"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_found": None, "_held": []}  # a copy meets its model anew
+        return f"{self._runs} of {len(self._blocks)} blocks" if self._cut else "all blocks"
 
     def _last(self) -> float:
-        return self.keep if self.schedule == "constant" else theta(self.progress.steps, self.keep, self._falls)
-
-    def _current(self) -> list[Any]:
-        """The blocks of the moment: another technique may have added some."""
-        now = list(self._found.container)
-        if len(now) != len(self._held) or any(new is not old for new, old in zip(now, self._held, strict=True)):
-            interceptor.detach([old for old in self._held if not any(old is new for new in now)], RECORD.name)
-            interceptor.attach(now, RECORD.name)
-            self._held = now
-        return now
+        """How likely the last block is to run now."""
+        if self.schedule == "constant":
+            return self.keep
+        if self.gamma is None:
+            return theta(self.progress.share, self.keep, 100)
+        return theta(self.progress.steps, self.keep, self.gamma)
 
     def _actions(self, runs: bool, chance: float) -> tuple[interceptor.Action, ...]:
         if not runs:

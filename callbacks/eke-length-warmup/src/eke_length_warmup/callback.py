@@ -7,16 +7,14 @@ NeurIPS 2022, https://arxiv.org/abs/2108.06084, section 4. Survey section 2.1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite
 from typing import Any, ClassVar, Literal
 
 import torch
-from eke import Technique, TechniqueCallback
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from eke import Run, Technique, TechniqueCallback
+from eke.seams.progress import Until
 
 from eke_length_warmup.entry import RECORD
-from eke_length_warmup.sequence import LengthError, cut, divide, find_sequences, row_length
+from eke_length_warmup.sequence import SequenceError, cut, divide, find_sequences, row_length
 
 
 def length_at(step: float, duration: float, start: int, full: int, multiple: int) -> int:
@@ -30,8 +28,8 @@ def length_at(step: float, duration: float, start: int, full: int, multiple: int
     """
     if step >= duration or start >= full:
         return full
-    length = start + (full - start) * step / duration
-    return min(full, max(start, int(length) // multiple * multiple))
+    length = start + (full - start) * (step / duration)
+    return min(full, max(start, int(length + 1e-6) // multiple * multiple))
 
 
 def token_progress(
@@ -74,7 +72,8 @@ class LengthWarmup(TechniqueCallback):
 
     Args:
         start: Tokens of a sequence at the first step. Sequences that are no longer stay as they are.
-        duration: When the full length is reached: a share of the run, between 0 and 1, or a number of optimizer steps.
+        duration: When the full length is reached: a share of the run, up to 1, a number of optimizer steps, or words,
+            ``"3 epochs"``.
         multiple: Lengths are rounded down to a multiple of this. Each length is a graph for ``torch.compile``.
         mode: ``"truncate"``: a window of each sequence, so that a step sees fewer tokens and takes less time.
             ``"reshape"``: a sequence is split into even rows that are no longer, so that a step sees all tokens but
@@ -83,8 +82,8 @@ class LengthWarmup(TechniqueCallback):
             By default the token ids and what is known to go with them.
 
     Raises:
-        ValueError: numbers that make no schedule; a batch without token ids; a step that fails on a part of a batch.
-        MisconfigurationException: a share of a run of unknown length.
+        SequenceError: numbers that make no schedule; a batch without token ids; a step that fails on a part of a batch.
+        LengthError: a share of a run of unknown length.
     """
 
     technique: ClassVar[Technique] = RECORD
@@ -93,53 +92,46 @@ class LengthWarmup(TechniqueCallback):
         self,
         start: int = 64,
         *,
-        duration: float = 0.3,
+        duration: float | str = 0.3,
         multiple: int = 8,
         mode: Literal["truncate", "reshape"] = "truncate",
         sequence: Sequence[str | int] | None = None,
     ) -> None:
         if start < 2 or multiple < 1:
-            raise LengthError(
+            raise SequenceError(
                 f"start={start}, multiple={multiple}: give 2 tokens or more, and a multiple of 1 or more."
             )
-        if duration <= 0 or (duration > 1 and duration != int(duration)):
-            raise LengthError(f"duration={duration}: give a share of the run between 0 and 1, or optimizer steps.")
+        if not isinstance(duration, str) and (duration <= 0 or (duration > 1 and duration != int(duration))):
+            raise SequenceError(f"duration={duration}: give a share of the run between 0 and 1, or optimizer steps.")
         if mode not in ("truncate", "reshape"):
-            raise LengthError(f"mode={mode!r} is none of: truncate, reshape.")
+            raise SequenceError(f"mode={mode!r} is none of: truncate, reshape.")
         if isinstance(sequence, str) or (sequence is not None and not len(sequence)):
-            raise LengthError(
+            raise SequenceError(
                 f"sequence={sequence!r}: give a list of names or places, such as ['input_ids', 'labels']."
             )
         self.start, self.duration, self.multiple, self.mode = start, duration, multiple, mode
         self.sequence = sequence
-        self._steps = 0.0
+        self._until: Until | None = None
         self._length = 0
         self._left: list[str] = []  # parts of this batch that are as long as its sequence and stay whole
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._steps = self.duration
-        if self.duration <= 1:
-            total = trainer.estimated_stepping_batches
-            if not isfinite(total):
-                raise MisconfigurationException(
-                    f"LengthWarmup(duration={self.duration}) is a share of a run whose length is not known. Give "
-                    "Trainer(max_steps=...), or duration= in optimizer steps."
-                )
-            self._steps = self.duration * total
+    def check(self, run: Run) -> None:
+        if run.fitting:
+            self._until = run.until(self.duration, "duration")
 
-    def alter_batch(self, batch: Any) -> Any:
+    def alter_batch(self, run: Run, batch: Any) -> Any:
         self._length, self._left = 0, []
-        if self.progress.steps >= self._steps:
+        if self._until.reached:
             return batch
         found = find_sequences(batch, self.sequence)
-        length = length_at(self.progress.steps, self._steps, self.start, found.length, self.multiple)
+        length = length_at(self._until.done, 1, self.start, found.length, self.multiple)
         self._length = length if self.mode == "truncate" else row_length(length, found.length)
         if self._length == found.length:
             return batch
         self._left = found.left
         return (cut if self.mode == "truncate" else divide)(batch, found, length)
 
-    def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
+    def around_step(self, run: Run, call_next: Any, batch: Any, *args: Any) -> Any:
         if not self._left:
             return call_next(batch, *args)
         try:
@@ -148,11 +140,14 @@ class LengthWarmup(TechniqueCallback):
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             left = ", ".join(self._left)
-            raise LengthError(
+            raise SequenceError(
                 f"The step failed on sequences of {self._length} tokens: {error} LengthWarmup left {left} whole, "
                 "which has as many entries but is not known to go by token. If it does, name all that do: "
                 "LengthWarmup(sequence=['input_ids', 'labels', ...])."
             ) from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_until": None}  # a copy meets its run anew
 
     def step_kind(self) -> str:
         return f"length {self._length}" if self._length else "full length"

@@ -26,7 +26,7 @@ _LOSS_MASK = re.compile(r"(loss|completion|assistant).*mask", re.IGNORECASE)
 _SPANS = (("start_positions", "end_positions"),)  # names of question answering: places in the sequence
 
 
-class LengthError(EkeError, ValueError):
+class SequenceError(EkeError, ValueError):
     """Which part of a batch is the sequence is not known, or it cannot be shortened."""
 
 
@@ -70,7 +70,7 @@ def find_sequences(batch: Any, wanted: Sequence[str | int] | None = None) -> Seq
             dotted in nested containers. All others stay whole.
 
     Raises:
-        LengthError: there are no token ids, or of several lengths; no part of a wanted name.
+        SequenceError: there are no token ids, or of several lengths; no part of a wanted name.
     """
     named = [(path, tensor) for path, tensor in _named(batch)]
     if wanted is not None:
@@ -172,7 +172,7 @@ def split(batch: Any, length: int, sequence: Sequence[str | int] | None = None) 
     Fewer tokens than there are rows are left out, at the end. Rows without text or without a target are left out too.
 
     Raises:
-        LengthError: a part has one entry a sample, or an attention mask of pairs: neither can be split.
+        SequenceError: a part has one entry a sample, or an attention mask of pairs: neither can be split.
     """
     return divide(batch, find_sequences(batch, sequence), length)
 
@@ -184,7 +184,7 @@ def divide(batch: Any, found: Sequences, length: int) -> Any:
     for path, tensor in _named(batch):
         per_token = found.parts.get(id(tensor)) == "tokens" and tensor.shape[1] == found.length
         if tensor.ndim and not per_token:
-            raise LengthError(
+            raise SequenceError(
                 f"LengthWarmup(mode='reshape') makes several sequences of one, and the batch has a tensor of shape "
                 f"{tuple(tensor.shape)} ({'.'.join(map(str, path)) or 'itself'}), which is not known to be one entry a "
                 "token. Use mode='truncate', or name what goes by token: sequence=[...]."
@@ -225,7 +225,7 @@ def _asked_for(named: list[Any], wanted: Sequence[str | int]) -> list[Any]:
             (path, tensor) for path, tensor in named if str(one) in (".".join(map(str, path)), str(path[-1:][0]))
         ]
         if not fitting or any(tensor.ndim < 2 for _, tensor in fitting):
-            raise LengthError(
+            raise SequenceError(
                 f"sequence={list(wanted)!r} names {one!r}, and the batch has {_shapes(named)}. Name parts of shape "
                 "(batch, length, ...)."
             )
@@ -238,7 +238,7 @@ def _ids(named: list[Any]) -> Tensor:
     called = [one for path, one in whole if path and path[-1] == "input_ids"]
     candidates = called or [one for path, one in whole if not (path and _NO_IDS.search(str(path[-1])))]
     if len({one.shape[1] for one in candidates}) != 1:
-        raise LengthError(
+        raise SequenceError(
             f"LengthWarmup found no single length of sequences in a batch of {_shapes(named)}: it needs token ids, "
             "whole numbers of shape (batch, length), all of one length. Name them, as "
             "LengthWarmup(sequence=['input_ids', 'labels']), or leave it out here."

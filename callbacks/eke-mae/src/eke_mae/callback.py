@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from math import isfinite
 from typing import Any, ClassVar, Literal
 
 import torch
-from eke import EkeError, Technique, TechniqueCallback, compat
+from eke import EkeError, Run, Technique, TechniqueCallback, compat
 from eke.seams import interceptor
 from eke.seams.blocks import Blocks
+from eke.seams.progress import Until
 from eke.seams.patches import (
     PatchEmbedding,
     PatchesError,
@@ -66,7 +66,7 @@ class MAE(TechniqueCallback):
             ``"simmim"``: hidden squares are replaced by a learned token in the encoder, a linear map gives their
             pixels. ``"beit"``: hidden rectangles, likewise, and the map gives which of ``classes`` visual words they
             are, as ``tokenizer`` says.
-        duration: How long it pretrains: a share of the run up to 1, or a number of optimizer steps. Then the user's own
+        duration: How long it pretrains: a share of the run up to 1, a number of optimizer steps, or words. Then the user's own
             step takes over, on all patches.
         decoder_width: Of the decoder of ``"mae"``, a multiple of 4. By default half of the encoder's.
         decoder_depth: Blocks of it.
@@ -91,7 +91,7 @@ class MAE(TechniqueCallback):
         mask: float | None = None,
         *,
         method: Literal["mae", "simmim", "beit"] = "mae",
-        duration: float = 1.0,
+        duration: float | str = 1.0,
         decoder_width: int | None = None,
         decoder_depth: int = 2,
         decoder_heads: int = 4,
@@ -107,7 +107,7 @@ class MAE(TechniqueCallback):
         mask = _MASK[method] if mask is None else mask
         if not 0 < mask < 1:
             raise MAEError(f"mask={mask}: give a share of the patches between 0 and 1.")
-        if duration <= 0 or (duration > 1 and duration != int(duration)):
+        if not isinstance(duration, str) and (duration <= 0 or (duration > 1 and duration != int(duration))):
             raise MAEError(f"duration={duration}: give a share of the run up to 1, or optimizer steps.")
         if decoder_depth < 1 or decoder_heads < 1 or unit < 1:
             raise MAEError(
@@ -124,13 +124,14 @@ class MAE(TechniqueCallback):
         self.decoder: Hidden | None = None
         self._module: LightningModule | None = None
         self._sight: Sight | None = None
-        self._rank = 0
-        self._steps = float("inf")
+        self._until: Until | None = None
         self._kind = ""
 
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit":
+    def check(self, run: Run) -> None:
+        if not run.fitting:
             return
+        trainer = run.trainer
+        self._until = None if self.duration == 1 else run.until(self.duration, "duration")
         if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
             raise MAEError(
                 f"MAE keeps its decoder beside the model, which {type(trainer.strategy).__name__} would shard. It has "
@@ -138,7 +139,8 @@ class MAE(TechniqueCallback):
             )
         compat.expect_unused_parameters(trainer.strategy)  # a head that labels would train
 
-    def alter_model(self, pl_module: LightningModule) -> None:
+    def alter_model(self, run: Run) -> None:
+        pl_module = run.module
         if self._sight is not None:
             return
         if pairs := relative_positions(pl_module):
@@ -160,34 +162,23 @@ class MAE(TechniqueCallback):
         path = _common(embedding.path, found.path) if self.encoder is None else self.encoder
         self._sight = Sight(pl_module.get_submodule(path) if path else pl_module, embedding, found, path)
 
-    def restore_model(self, pl_module: LightningModule) -> None:
+    def end_run(self, run: Run) -> None:
         if self._sight is not None:
             self._sight.close()
-            del pl_module._modules[NAME]
+            del run.module._modules[NAME]
         self._sight = self._module = None
 
-    def alter_optimizer(self, optimizer: Optimizer) -> Optimizer:
+    def alter_optimizer(self, run: Run, optimizer: Optimizer) -> Optimizer:
         held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
         # Into a group that is there: a scheduler that knows the groups by number knows it.
         optimizer.param_groups[0]["params"] += [one for one in self.decoder.parameters() if id(one) not in held]
         return optimizer
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._rank, total = trainer.global_rank, trainer.estimated_stepping_batches
-        if self.duration < 1 and not isfinite(total):
-            raise MAEError(
-                f"MAE(duration={self.duration}) is a share of a run whose length is not known. Give "
-                "Trainer(max_steps=...), or duration= in optimizer steps."
-            )
-        self._steps = (
-            self.duration if self.duration > 1 else float("inf") if self.duration == 1 else self.duration * total
-        )
-
-    def around_step(self, call_next: Any, batch: Any, *args: Any) -> Tensor:
-        if self.progress.steps >= self._steps:
+    def around_step(self, run: Run, call_next: Any, batch: Any, *args: Any) -> Tensor:
+        if self._over:
             self._kind = ""
             return call_next(batch, *args)
-        seed = int(torch.randint(2**40, (), generator=self.generator)) * 4096 + self._rank
+        seed = run.once("seed", lambda: run.seed(per_rank=True))
         loss = self.masked_loss(find_images(batch, self._sight.embedding.module.in_channels), seed)
         self._module.log("masked_loss", loss.detach())
         return loss
@@ -195,11 +186,16 @@ class MAE(TechniqueCallback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        if trainer.state.fn != "fit" or self.progress.steps >= self._steps:
+        if trainer.state.fn != "fit" or self._over:
             return
         images = find_images(batch, self._sight.embedding.module.in_channels)
         loss = self.masked_loss(images, seed=batch_idx)  # the same masks each time
         pl_module.log("val_masked_loss", loss, on_epoch=True, batch_size=len(images), sync_dist=trainer.world_size > 1)
+
+    @property
+    def _over(self) -> bool:
+        """Whether the user's own step trains now."""
+        return self._until is not None and self._until.reached
 
     def step_kind(self) -> str:
         return self._kind
@@ -212,7 +208,12 @@ class MAE(TechniqueCallback):
             self.decoder.put_back(state["decoder"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_module": None, "_sight": None}  # a copy meets its model anew
+        return {
+            **super().__getstate__(),
+            "_module": None,
+            "_sight": None,
+            "_until": None,
+        }  # a copy meets its model anew
 
     def masked_loss(self, images: Tensor, seed: int) -> Tensor:
         """Loss of the hidden patches of ``images``, (batch, channels, height, width), whose masks follow from ``seed``.

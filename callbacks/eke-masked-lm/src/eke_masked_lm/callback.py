@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from eke import EkeError, Technique, TechniqueCallback
+from eke import EkeError, Run, Technique, TechniqueCallback
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -57,13 +57,9 @@ class Masking(TechniqueCallback):
             )
         self.mask_token, self.vocabulary, self.special = mask_token, vocabulary, tuple(special)
         self.share, self.masked, self.random = share, masked, random
-        self._rank = 0
         self._evaluated = 0
         self._empty = False  # whether nothing could be hidden in the batch at hand
         self._warned = False
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._rank = trainer.global_rank
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._evaluated = 0
@@ -71,15 +67,14 @@ class Masking(TechniqueCallback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._evaluated = 0
 
-    def alter_batch(self, batch: Any) -> Any:
-        seed = int(torch.randint(2**40, (), generator=self.generator)) * 4096 + self._rank
-        return self.hide(batch, seed)
+    def alter_batch(self, run: Run, batch: Any) -> Any:
+        return self.hide(batch, run.seed(per_rank=True))
 
-    def alter_eval_batch(self, batch: Any) -> Any:
+    def alter_eval_batch(self, run: Run, batch: Any) -> Any:
         self._evaluated += 1
         return self.hide(batch, _EVALUATION * 2**32 + self._evaluated)
 
-    def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
+    def around_step(self, run: Run, call_next: Any, batch: Any, *args: Any) -> Any:
         output = call_next(batch, *args)
         if not self._empty:
             return output
@@ -210,7 +205,8 @@ class MaskedLM(Masking):
         given = dict(special=tokenizer.all_special_ids, continues=_continuing(tokenizer))
         return cls(tokenizer.mask_token_id, len(tokenizer), **{**given, **arguments})
 
-    def alter_model(self, pl_module: LightningModule) -> None:
+    def alter_model(self, run: Run) -> None:
+        pl_module = run.module
         name, library = causal(pl_module)
         if name and not library:
             rank_zero_warn(
@@ -234,7 +230,7 @@ class MaskedLM(Masking):
             ) from None
         self._hooked = module.register_forward_pre_hook(partial(_keep_hidden, self._hidden))
 
-    def restore_model(self, pl_module: LightningModule) -> None:
+    def end_run(self, run: Run) -> None:
         if self._hooked is not None:
             self._hooked.remove()
         self._hooked = None

@@ -19,7 +19,7 @@ from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
 import torch
-from eke import Technique, TechniqueCallback
+from eke import Run, Technique, TechniqueCallback
 from eke.seams import interceptor
 from eke.seams.blocks import find_blocks
 from eke.seams.state import KEY
@@ -150,7 +150,8 @@ class PEFT(TechniqueCallback):
 
     # ------------------------------------------------------------------ the model
 
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def check(self, run: Run) -> None:
+        trainer = run.trainer
         self._merged = self._merged and trainer.state.fn != "fit"
         whole = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
         if isinstance(self._config(), AdaLoraConfig) and (not whole or isinstance(trainer.strategy, DeepSpeedStrategy)):
@@ -159,7 +160,8 @@ class PEFT(TechniqueCallback):
                 "strategy='ddp' or ZeRO(stage=1)."
             )
 
-    def alter_model(self, pl_module: LightningModule) -> None:
+    def alter_model(self, run: Run) -> None:
+        pl_module = run.module
         self._module = pl_module
         if self._merged:
             return  # the plain model is what is evaluated now
@@ -356,7 +358,7 @@ class PEFT(TechniqueCallback):
         return {"method": self.method, "settings": settings, "targets": self.targets, "host": self.host,
                 "blocks": self.blocks, "quantize": self.quantize, "adapter": self.adapter}  # fmt: skip
 
-    def restore_model(self, pl_module: LightningModule) -> None:
+    def end_run(self, run: Run) -> None:
         interceptor.detach(self._held, RECORD.name)
         self._held = []
 
@@ -402,7 +404,7 @@ class PEFT(TechniqueCallback):
             host_of(pl_module, self.host)[1].eval()
             getattr(pl_module, PROMPTS).train()
 
-    def alter_optimizer(self, optimizer: Optimizer) -> Optimizer:
+    def alter_optimizer(self, run: Run, optimizer: Optimizer) -> Optimizer:
         for group in optimizer.param_groups:
             group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
         if not any(group["params"] for group in optimizer.param_groups):

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from math import isfinite
 from typing import Any, ClassVar
 
 import torch
-from eke import EkeError, Technique, TechniqueCallback
+from eke import EkeError, Run, Technique, TechniqueCallback
 from eke.seams import interceptor
-from eke.seams.blocks import Blocks, find_all_blocks, find_attention
+from eke.seams.blocks import find_all_blocks, find_attention
+from eke.seams.progress import Until
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -109,7 +109,7 @@ class RandomLTD(TechniqueCallback):
 
     Args:
         start: Tokens on which a middle block runs at the first step: a share up to 1, or a number above 1.
-        duration: When it is all of them: a share of the run up to 1, or a number of optimizer steps.
+        duration: When it is all of them: a share of the run up to 1, a number of optimizer steps, or words.
         multiple: The number of tokens is rounded down to a multiple of this.
         blocks: Dotted paths of lists of blocks, one or several. By default all of three blocks or more: those of an
             encoder and a decoder, of two towers. The first and the last of each list see all tokens.
@@ -126,68 +126,55 @@ class RandomLTD(TechniqueCallback):
         self,
         start: float = 0.25,
         *,
-        duration: float = 0.7,
+        duration: float | str = 0.7,
         multiple: int = 8,
         blocks: str | Sequence[str] | None = None,
     ) -> None:
         if start <= 0 or (start > 1 and start != int(start)):
             raise RandomLTDError(f"start={start}: give a share of the tokens up to 1, or a whole number of them.")
-        if duration <= 0 or (duration > 1 and duration != int(duration)):
+        if not isinstance(duration, str) and (duration <= 0 or (duration > 1 and duration != int(duration))):
             raise RandomLTDError(f"duration={duration}: give a share of the run up to 1, or optimizer steps.")
         if multiple < 1:
             raise RandomLTDError(f"multiple={multiple}: give 1 or more.")
         self.start, self.duration, self.multiple, self.blocks = start, duration, multiple, blocks
-        self._found: list[Blocks] = []
-        self._held: list[Any] = []
-        self._steps = 0.0
-        self._rank = 0
+        self._middle: list[interceptor.InterceptedBlocks] = []
+        self._until: Until | None = None
         self._choices: list[Choose] = []
 
-    def alter_model(self, pl_module: LightningModule) -> None:
-        found = find_all_blocks(pl_module, self.blocks)
-        self._found = [one for one in found if len(one) > 2]
-        if not self._found or (self.blocks is not None and len(self._found) < len(found)):
+    def check(self, run: Run) -> None:
+        if run.fitting:
+            self._until = run.until(self.duration, "duration")
+
+    def alter_model(self, run: Run) -> None:
+        found = find_all_blocks(run.module, self.blocks)
+        served = [one for one in found if len(one) > 2]
+        if not served or (self.blocks is not None and len(served) < len(found)):
             short = next(one for one in found if len(one) < 3)
             raise RandomLTDError(
                 f"{short.path} has {len(short)} blocks. The first and the last always see all tokens, so that "
                 "RandomLTD needs three or more."
             )
-        for one in self._found:
+        for one in served:
             for attention in find_attention(one[1]):
                 if attention.kind == "torch" and not attention.module.batch_first:
                     raise RandomLTDError(
                         f"{one.path}: the attention has the batch second. RandomLTD draws tokens for each sample and "
                         "needs nn.MultiheadAttention(batch_first=True)."
                     )
-
-    def restore_model(self, pl_module: LightningModule) -> None:
-        interceptor.detach(self._held, RECORD.name)
-        self._held = []
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._rank, self._steps = trainer.global_rank, self.duration
-        if self.duration <= 1:
-            total = trainer.estimated_stepping_batches
-            if not isfinite(total):
-                raise RandomLTDError(
-                    f"RandomLTD(duration={self.duration}) is a share of a run whose length is not known. Give "
-                    "Trainer(max_steps=...), or duration= in optimizer steps."
-                )
-            self._steps = self.duration * total
+        self._middle = [run.blocks(one.path, slice(1, -1)) for one in served]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.start == 1 or self.progress.steps >= self._steps:
-            self._choices = []
+        self._choices = []
+        if self.start == 1 or self._until.reached:
             return
-        seed = int(torch.randint(2**40, (), generator=self.generator))
-        middle = self._middle()
-        self._choices = [
-            Choose(self, self.progress.steps, seed * 4096 + 64 * number + self._rank) for number in range(len(middle))
-        ]
-        for block, choose in zip(middle, self._choices, strict=True):
-            interceptor.put(block, RECORD.name, interceptor.Select(choose, Side(block, choose)))
+        seed = self.run.seed() * 4096 + self.run.rank
+        for blocks in self._middle:
+            for block in blocks.now():
+                choose = Choose(self._until.done, self.start, self.multiple, seed + 64 * len(self._choices))
+                blocks.put(block, interceptor.Select(choose, Side(block, choose)))
+                self._choices.append(choose)
 
-    def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
+    def around_step(self, run: Run, call_next: Any, batch: Any, *args: Any) -> Any:
         try:
             return call_next(batch, *args)
         except (RuntimeError, ValueError) as error:
@@ -202,38 +189,27 @@ class RandomLTD(TechniqueCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        for block in self._held if self._choices else ():  # validation sees all tokens everywhere
-            interceptor.put(block, RECORD.name)
+        for blocks in self._middle if self._choices else ():  # validation sees all tokens everywhere
+            blocks.clear()
 
     def step_kind(self) -> str:
         return f"{self._choices[0].count or 'all'} tokens in the middle" if self._choices else "all tokens"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **super().__getstate__(),
-            "_found": [],
-            "_held": [],
-            "_choices": [],
-        }  # a copy meets its model anew
-
-    def _middle(self) -> list[Any]:
-        """The middle blocks of the moment: another technique may have added some."""
-        lists = [list(one.container)[1:-1] for one in self._found]
-        now = [block for blocks in lists for block in blocks]
-        if len(now) != len(self._held) or any(new is not old for new, old in zip(now, self._held, strict=True)):
-            interceptor.detach([old for old in self._held if not any(old is new for new in now)], RECORD.name)
-            for blocks in lists:  # one by one: those of another list may return something else
-                interceptor.attach(blocks, RECORD.name)
-            self._held = now
-        return now
+        return {**super().__getstate__(), "_middle": [], "_choices": [], "_until": None}  # a copy meets its model anew
 
 
 class Choose:
-    """Which tokens one block sees in one batch."""
+    """Which tokens one block sees in one batch.
 
-    def __init__(self, ltd: RandomLTD, step: int, seed: int) -> None:
-        self.schedule = (step, ltd._steps, ltd.start)
-        self.multiple, self.seed = ltd.multiple, seed
+    Args:
+        done: How much of the way to all tokens is done, from 0 to 1.
+        start, multiple: As of :class:`RandomLTD`.
+        seed: Of the draw.
+    """
+
+    def __init__(self, done: float, start: float, multiple: int, seed: int) -> None:
+        self.done, self.start, self.multiple, self.seed = done, start, multiple, seed
         self.length = self.count = 0
 
     @property
@@ -248,7 +224,7 @@ class Choose:
                 "with windows or images inside cannot leave tokens out."
             )
         self.length = hidden.shape[1]
-        self.count = tokens_at(*self.schedule, self.length, self.multiple)
+        self.count = tokens_at(self.done, 1, self.start, self.length, self.multiple)
         if self.count == self.length:
             return None
         return draw_positions(len(hidden), self.length, self.count, self.seed, hidden.device)

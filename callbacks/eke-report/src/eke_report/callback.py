@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import eke
 import torch
-from eke import Technique, TechniqueCallback, measure
+from eke import Run, Technique, TechniqueCallback, measure
 from lightning.pytorch import LightningModule, Trainer
 
 from eke_report.entry import RECORD
@@ -141,7 +141,7 @@ class Report(TechniqueCallback):
         if trainer.is_global_zero:
             self._publish(trainer, pl_module, folder)
 
-    def restore_model(self, pl_module: LightningModule) -> None:
+    def end_run(self, run: Run) -> None:
         self._stop_counting()
         self._off = None  # the coordinator restores all of them
 
@@ -178,9 +178,10 @@ class Report(TechniqueCallback):
         if self._off is off:
             return
         if self._off is not None:
-            self._off.alter_model(pl_module)
+            self._off.alter_model(self._off.run)
         if off is not None:
-            off.restore_model(pl_module)
+            off.end_run(off.run)
+            off.run.close()
         self._off = off
 
     def _stop_counting(self) -> None:

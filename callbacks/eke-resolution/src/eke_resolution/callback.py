@@ -10,15 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from math import isfinite
 from typing import Any, ClassVar, Literal
 
 import torch
-from eke import EkeError, Technique, TechniqueCallback
+from eke import EkeError, Run, Technique, TechniqueCallback
 from eke.seams import batch as batches
 from eke.seams.patches import PatchEmbedding, PatchesError, find_images, find_patches, relative_positions
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -140,11 +139,15 @@ class Resolution(TechniqueCallback):
         self.positions, self.blocks, self.interpolation = positions, blocks, interpolation
         self._embedding: PatchEmbedding | None = None
         self._module: LightningModule | None = None
-        self._total = float("inf")
         self._full: tuple[int, int] = (0, 0)  # grid of a whole image
         self._grid: tuple[int, int] | None = None  # of this batch, where it is another
 
-    def alter_model(self, pl_module: LightningModule) -> None:
+    def check(self, run: Run) -> None:
+        if run.fitting:
+            run.until(1.0)  # the schedule goes by the length of the run
+
+    def alter_model(self, run: Run) -> None:
+        pl_module = run.module
         if pairs := relative_positions(pl_module):
             raise PatchesError(
                 f"{type(pl_module).__name__} has relative positions ({pairs[0]}) for one size of image. Resolution "
@@ -158,19 +161,12 @@ class Resolution(TechniqueCallback):
             )
         self._embedding, self._module = embedding, pl_module
 
-    def restore_model(self, pl_module: LightningModule) -> None:
+    def end_run(self, run: Run) -> None:
         self._embedding = self._module = self._grid = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._total = trainer.estimated_stepping_batches
-        if not isfinite(self._total):
-            raise ResolutionError(
-                "Resolution's schedule goes by the length of the run, which is not known. Give Trainer(max_steps=...)."
-            )
-
-    def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
+    def around_step(self, run: Run, call_next: Any, batch: Any, *args: Any) -> Any:
         # Here, and not where batches are altered: whoever looks at the batch after the step finds it as it came.
-        scale = scale_at(self.progress.steps / self._total, self.start, self.hold, self.tail)
+        scale = scale_at(run.progress.share, self.start, self.hold, self.tail)
         self._grid = None
         if scale == 1:
             return call_next(batch, *args)

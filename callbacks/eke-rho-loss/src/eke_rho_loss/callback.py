@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from eke import EkeError, Technique, TechniqueCallback
+from eke import EkeError, Run, Technique, TechniqueCallback
 from eke.seams.batch import rows
 from eke.seams.samples import Samples
 from eke.seams.scores import Scores, check_data
 from eke.seams.scoring import scoring_pass
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from eke_rho_loss.entry import RECORD
@@ -80,20 +79,17 @@ class RhoLoss(TechniqueCallback):
         self._reset()
 
     def _reset(self) -> None:
-        self._trainer: Trainer | None = None
-        self._module: LightningModule | None = None
         self._samples = Samples()
         self._irreducible = torch.zeros(0)
 
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit":
+    def check(self, run: Run) -> None:
+        if run.fitting:
             self._reset()
-            self._trainer, self._module = trainer, pl_module
 
-    def alter_loader(self, loader: Any) -> Any:
+    def alter_loader(self, run: Run, loader: Any) -> Any:
         if self.file == ZERO or self.keep == 1:
             return loader
-        loader = self._samples.attach(self._trainer, loader)
+        loader = self._samples.attach(run, loader)
         scores = Scores.load(self.file)
         check_data(scores, loader.dataset, self.file)
         if scores.kind != "loss" or not bool(scores.values.isfinite().all()):
@@ -104,25 +100,20 @@ class RhoLoss(TechniqueCallback):
         self._irreducible = scores.values
         return loader
 
-    def restore_model(self, pl_module: LightningModule) -> None:
-        self._samples.detach()
-        self._trainer = self._module = None
-
-    def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
+    def around_step(self, run: Run, call_next: Any, batch: Any, *args: Any) -> Any:
         if self.keep == 1:
             return call_next(batch, *args)
-        losses = scoring_pass(self._module, call_next, batch, *args, training=self.look == "training").losses
-        irreducible = torch.zeros(len(losses))
-        if self.file != ZERO:
-            irreducible = self._irreducible[self._samples.batch()]
-        count = max(1, round(self.keep * len(losses)))
-        return call_next(rows(batch, reducible(losses, irreducible, count)), *args)
+        chosen = run.once("chosen", lambda: self._choose(run, call_next, batch, args))
+        return call_next(rows(batch, chosen), *args)
+
+    def _choose(self, run: Run, step: Any, batch: Any, args: Any) -> Tensor:
+        """Numbers of the samples of a batch to train on."""
+        losses = scoring_pass(run.module, step, batch, *args, training=self.look == "training").losses
+        irreducible = torch.zeros(len(losses)) if self.file == ZERO else self._irreducible[self._samples.batch()]
+        return reducible(losses, irreducible, max(1, round(self.keep * len(losses))))
 
     def state_dict(self) -> dict[str, Any]:
         return {"samples": self._samples.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._samples.load_state_dict(state["samples"])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_trainer": None, "_module": None}

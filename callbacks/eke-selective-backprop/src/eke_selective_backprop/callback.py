@@ -11,11 +11,9 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from eke import Technique, TechniqueCallback
+from eke import Run, Technique, TechniqueCallback
 from eke.seams.batch import rows
 from eke.seams.scoring import scoring_pass
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from eke_selective_backprop.entry import RECORD
@@ -73,47 +71,28 @@ class SelectiveBackprop(TechniqueCallback):
         if interrupt < 0 or interrupt == 1 or interrupt != int(interrupt):
             raise ValueError(f"interrupt={interrupt}: give 2 or more steps, or 0 for no whole batches between.")
         self.keep, self.start, self.end, self.interrupt = keep, start, end, interrupt
-        self._total = 0.0
         self._kind = ""
-        self._module: LightningModule | None = None
 
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit":
-            return
-        self._module = pl_module
-        if trainer.max_steps < 1 and trainer.max_epochs == -1:
-            raise MisconfigurationException(
-                "SelectiveBackprop goes by shares of the run, and this Trainer has no end. Give max_steps or "
-                "max_epochs."
-            )
+    def check(self, run: Run) -> None:
+        if run.fitting:
+            self._until = run.until(float(self.start), "start"), run.until(float(self.end), "end")
 
-    def restore_model(self, pl_module: LightningModule) -> None:
-        self._module = None
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._total = float(trainer.estimated_stepping_batches)
-        if self._total == float("inf"):
-            raise MisconfigurationException(
-                "SelectiveBackprop goes by shares of the run, and the data does not say how long an epoch is. Give "
-                "max_steps."
-            )
-
-    @property
     def selecting(self) -> bool:
         """Whether the step at hand trains on a part of the batch."""
-        step = self.progress.steps
-        inside = self.start * self._total <= step < self.end * self._total
-        return self.keep < 1 and inside and not (self.interrupt and step % self.interrupt == 0)
+        begins, ends = self._until
+        inside = begins.reached and not ends.reached
+        return self.keep < 1 and inside and not (self.interrupt and self.progress.steps % self.interrupt == 0)
 
-    def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
-        self._kind = "selects" if self.selecting else "plain"
+    def around_step(self, run: Run, call_next: Any, batch: Any, *args: Any) -> Any:
+        self._kind = run.once("kind", lambda: "selects" if self.selecting() else "plain")
         if self._kind == "plain":
             return call_next(batch, *args)
-        captured = scoring_pass(self._module, call_next, batch, *args)
-        return call_next(rows(batch, select(captured.losses, self.keep, self.generator)), *args)
+        chosen = run.once("chosen", lambda: self._choose(run, call_next, batch, args))
+        return call_next(rows(batch, chosen), *args)
+
+    def _choose(self, run: Run, step: Any, batch: Any, args: Any) -> Tensor:
+        """Numbers of the samples of a batch to train on."""
+        return select(scoring_pass(run.module, step, batch, *args).losses, self.keep, run.generator)
 
     def step_kind(self) -> str:
         return self._kind
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_module": None}

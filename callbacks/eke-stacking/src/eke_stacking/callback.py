@@ -13,7 +13,7 @@ from math import ceil, isfinite
 from typing import Any, ClassVar, Literal
 
 import torch
-from eke import Technique, TechniqueCallback, compat
+from eke import Run, Technique, TechniqueCallback, compat
 from eke.seams import growth, interceptor
 from eke.seams.blocks import Blocks, find_blocks
 from eke.seams.optimizer import transplant
@@ -94,12 +94,14 @@ class Stacking(TechniqueCallback):
         self._full: list[nn.Module] = []  # all blocks; with form="growth" those not in the model have no weights
         self._fitting = False
 
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def check(self, run: Run) -> None:
+        trainer = run.trainer
         self._fitting = trainer.state.fn == "fit"
         if self._fitting:
             growth.check_growable(trainer, "Stacking")
 
-    def alter_model(self, pl_module: LightningModule) -> None:
+    def alter_model(self, run: Run) -> None:
+        pl_module = run.module
         if not self._knows(pl_module):
             self.active = None
             if not self._fitting:
@@ -110,7 +112,8 @@ class Stacking(TechniqueCallback):
             self._refuse(find_blocks(pl_module, self._path))
         self._apply(pl_module, self.active or self._plan[0])
 
-    def restore_model(self, pl_module: LightningModule) -> None:
+    def end_run(self, run: Run) -> None:
+        pl_module = run.module
         if self._full:
             interceptor.detach(self._full, RECORD.name)
         compat.leave_out_of_ddp(pl_module, [])

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from math import isfinite
 from typing import Any, ClassVar, Literal
 
 import torch
-from eke import EkeError, Technique, TechniqueCallback
+from eke import EkeError, Run, Technique, TechniqueCallback
 from eke.seams import interceptor
 from eke.seams.blocks import Blocks
 from eke.seams.patches import PatchEmbedding, PatchesError, find_patches, image_blocks, relative_positions
@@ -93,11 +92,14 @@ class TokenDrop(TechniqueCallback):
             raise TokenDropError(f"prefix={prefix}: give 0 or more tokens.")
         self.drop, self.tail, self.schedule, self.prefix, self.blocks = drop, tail, schedule, prefix, blocks
         self._entrances: list[Entrance] = []
-        self._rank = 0
-        self._total = float("inf")
         self._leave: list[LeaveOut] = []  # of this batch, one for each entrance
 
-    def alter_model(self, pl_module: LightningModule) -> None:
+    def check(self, run: Run) -> None:
+        if run.fitting and (self.tail > 0 or self.schedule == "linear"):
+            run.until(1.0)  # the schedule goes by the length of the run
+
+    def alter_model(self, run: Run) -> None:
+        pl_module = run.module
         if self._entrances:
             return
         entrances = [Entrance(found) for found in image_blocks(pl_module, self.blocks)]
@@ -106,8 +108,8 @@ class TokenDrop(TechniqueCallback):
         of_text = any(isinstance(part, nn.Embedding) for part in outside)
         if of_text and not any(isinstance(part, _ConvNd) for part in outside):
             raise PatchesError(
-                f"{type(pl_module).__name__} embeds tokens by number and cuts no images: it has no patches. TokenDrop is for "
-                "images; on texts, eke-random-ltd leaves tokens out of the middle blocks."
+                f"{type(pl_module).__name__} embeds tokens by number and cuts no images: it has no patches. TokenDrop is "
+                "for images; on texts, eke-random-ltd leaves tokens out of the middle blocks."
             )
         for one in entrances:
             if pairs := relative_positions(one.blocks.container):
@@ -126,31 +128,23 @@ class TokenDrop(TechniqueCallback):
                     ) from None
         self._entrances = entrances
 
-    def restore_model(self, pl_module: LightningModule) -> None:
+    def end_run(self, run: Run) -> None:
         for one in self._entrances:
             one.close()
         self._entrances = []
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._rank, self._total = trainer.global_rank, trainer.estimated_stepping_batches
-        if not isfinite(self._total) and (self.tail > 0 or self.schedule == "linear"):
-            raise TokenDropError(
-                f"TokenDrop(tail={self.tail}, schedule={self.schedule!r}) goes by the length of the run, which is not "
-                "known. Give Trainer(max_steps=...), or tail=0 with the constant schedule."
-            )
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        keep = keep_at(self.progress.steps / self._total, self.drop, self.tail, self.schedule)
+        keep = keep_at(self.progress.share, self.drop, self.tail, self.schedule)
         self._leave = []
         if keep == 1:
             return
-        seed = int(torch.randint(2**40, (), generator=self.generator)) * 4096 + self._rank
+        seed = self.run.seed(per_rank=True)
         for number, one in enumerate(self._entrances):
             leave = LeaveOut(keep, seed + 1024 * number, self.prefix, one.cut)
             interceptor.put(one.first(), RECORD.name, leave)
             self._leave.append(leave)
 
-    def around_step(self, call_next: Any, batch: Any, *args: Any) -> Any:
+    def around_step(self, run: Run, call_next: Any, batch: Any, *args: Any) -> Any:
         if not self._leave:
             return call_next(batch, *args)
         try:

@@ -12,7 +12,7 @@ from math import isfinite
 from typing import Any, ClassVar
 
 import torch
-from eke import Technique, TechniqueCallback
+from eke import Run, Technique, TechniqueCallback
 from eke.seams import interceptor
 from eke.seams.blocks import Attention, Blocks, find_attention, find_blocks
 from eke.seams.patches import PatchesError, find_patches, relative_positions
@@ -126,7 +126,8 @@ class TokenMerge(TechniqueCallback):
         self._total = float("inf")
         self._merges = False
 
-    def alter_model(self, pl_module: LightningModule) -> None:
+    def alter_model(self, run: Run) -> None:
+        pl_module = run.module
         self._found = find_blocks(pl_module, self.blocks)
         if pairs := relative_positions(self._found.container):
             raise PatchesError(
@@ -147,7 +148,7 @@ class TokenMerge(TechniqueCallback):
         if self.evaluate and pl_module.trainer.state.fn != "fit":
             self._switch(True)
 
-    def restore_model(self, pl_module: LightningModule) -> None:
+    def end_run(self, run: Run) -> None:
         self._switch(False)
         for hook in self._hooks:
             hook.remove()

@@ -9,12 +9,12 @@ iterator was made, makes it again from there and drops what had been seen.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader
 
 from eke import compat
 from eke.seams.state import rng_state, set_rng_state
@@ -155,70 +155,10 @@ def _set_random(loader: DataLoader, state: dict[str, Any] | None, generators: Se
         generator.set_state(own)
 
 
-class PolicySampler(Sampler[int]):
-    """Samples chosen by a rule, the same on all processes, dealt out among them.
-
-    Args:
-        policy: ``policy(epoch, generator)`` returns the epoch's sample indices in order. ``generator`` is seeded by
-            ``seed`` and the epoch alone, so that every process and every resumed run draws the same.
-        seed: Seed of the rule.
-        rank, world_size: This process, and how many there are. Indices are repeated from the front until they
-            divide evenly, as torch's ``DistributedSampler`` does.
-    """
-
-    def __init__(
-        self,
-        policy: Callable[[int, torch.Generator], Sequence[int]],
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.policy = policy
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch  # Lightning calls this before each epoch's iterator
-
-    def indices(self) -> list[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        chosen = [int(index) for index in self.policy(self.epoch, generator)]
-        missing = -len(chosen) % self.world_size
-        return (chosen + chosen[:missing])[self.rank :: self.world_size]
-
-    def __len__(self) -> int:
-        return len(self.indices())
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices())
-
-
-def use_policy(
-    trainer: Trainer, loader: DataLoader, policy: Callable[[int, torch.Generator], Sequence[int]], seed: int = 0
-) -> DataLoader:
-    """Let a rule choose the samples of a train loader. Call it from ``alter_loader``.
-
-    Raises:
-        ValueError: the loader has no batch sampler with a sampler, as with iterable datasets.
-    """
-    if getattr(loader.batch_sampler, "sampler", None) is None or isinstance(loader.dataset, IterableDataset):
-        raise ValueError(
-            f"{type(loader).__name__} over {type(loader.dataset).__name__} has no sampler that could be replaced: "
-            "choosing samples needs a map-style dataset with an ordinary batch sampler."
-        )
-    shards = trainer.strategy.distributed_sampler_kwargs if trainer.world_size > 1 else None
-    rank, world_size = (shards["rank"], shards["num_replicas"]) if shards else (0, 1)
-    # DataLoader forbids setting its samplers; the inner one may be set and needs no new loader.
-    loader.batch_sampler.sampler = PolicySampler(policy, seed, rank, world_size)
-    return loader
-
-
 class IndexTap:
     """Remembers which samples went into each batch, with any number of workers. Put it on in ``alter_loader``.
 
-    ``next_indices`` gives the indices of the batch at hand, in the order of the batches; call it once a batch.
+    :meth:`at` gives the indices of a batch by its number in the epoch.
     """
 
     def __init__(self, loader: DataLoader) -> None:
@@ -241,20 +181,12 @@ class IndexTap:
 
         loader.batch_sampler.__class__ = Tapped
 
-    def next_indices(self) -> list[int]:
-        return self._batches.popleft()
-
     def at(self, batch_idx: int) -> list[int]:
         """The indices of a batch by its number in the epoch; earlier ones are forgotten, as after a resume."""
         while self._passed <= batch_idx:
             self._last = self._batches.popleft()
             self._passed += 1
         return self._last
-
-    def skip(self, batches: int) -> None:
-        """Forget the batches that a resume has passed over."""
-        for _ in range(batches):
-            self._batches.popleft()
 
     def remove(self) -> None:
         self._sampler.__class__ = self._class

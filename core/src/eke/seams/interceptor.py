@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from eke.seams import blocks
 from eke.spec import EkeError
 
 _STATE = "_eke_interceptor"
@@ -275,6 +276,70 @@ class Interceptor:
 
     def _by_name(self, call: Callable[..., Any], hidden: Tensor, **kwargs: Any) -> Any:
         return call(**{self.hidden_name: hidden}, **kwargs)
+
+
+# Block and what each technique does to it.
+Actions = list[tuple[nn.Module, dict[str, tuple[Action, ...]]]]
+
+
+def actions_in(module: nn.Module) -> Actions:
+    """What is done to the blocks of a model at the moment, for :func:`set_actions`."""
+    return [(block, dict(vars(block)[_STATE].owners)) for block in module.modules() if _STATE in vars(block)]
+
+
+def set_actions(actions: Actions) -> None:
+    """Put back what :func:`actions_in` gave."""
+    for block, owners in actions:
+        for owner, own in owners.items():
+            put(block, owner, *own)
+
+
+class InterceptedBlocks:
+    """The blocks of a list on which a technique may act: those that it holds at the moment, also after growth.
+
+    Args:
+        owner: Name of the technique.
+        found: The list.
+        part: Which of its blocks.
+    """
+
+    def __init__(self, owner: str, found: blocks.Blocks, part: slice = slice(None)) -> None:
+        self.owner, self.found, self.part = owner, found, part
+        self._held: list[nn.Module] = []
+
+    def now(self) -> list[nn.Module]:
+        """The blocks of the moment, each with an interceptor. Those that have left the list have none of ours."""
+        now = list(self.found.container)[self.part]
+        if len(now) != len(self._held) or any(new is not old for new, old in zip(now, self._held, strict=True)):
+            detach([old for old in self._held if not any(old is new for new in now)], self.owner)
+            attach(now, self.owner)
+            self._held = now
+        return now
+
+    def __len__(self) -> int:
+        """How many they were when last asked for."""
+        return len(self._held)
+
+    def put(self, block: nn.Module, *actions: Action) -> None:
+        """Set what is done to one of them."""
+        put(block, self.owner, *actions)
+
+    def clear(self) -> None:
+        """Leave all of them as they are."""
+        for block in self._held:
+            put(block, self.owner)
+
+    def detach(self) -> None:
+        """Take the interceptors off."""
+        detach(self._held, self.owner)
+        self._held = []
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return _nothing, ()  # a copy of a technique meets its model anew
+
+
+def _nothing() -> None:
+    return None
 
 
 class InterceptedBlock:

@@ -41,7 +41,7 @@ def rebind(schedulers: Iterable[Any], new: Mapping[int, Optimizer]) -> None:
         new: ``id`` of an optimizer to the one that takes its place.
     """
     for item in schedulers:
-        for scheduler in _each(getattr(item, "scheduler", item)):
+        for scheduler in each_scheduler(getattr(item, "scheduler", item)):
             replacement = new.get(id(getattr(scheduler, "optimizer", None)))
             if replacement is not None:
                 scheduler.optimizer = replacement
@@ -98,10 +98,11 @@ def _substitute(value: Any, changed: Mapping[int, Optimizer]) -> Any:
     return value
 
 
-def _each(scheduler: Any) -> Iterator[Any]:
+def each_scheduler(scheduler: Any) -> Iterator[Any]:
+    """A schedule and those inside it."""
     yield scheduler
     for inner in getattr(scheduler, "_schedulers", ()):
-        yield from _each(inner)
+        yield from each_scheduler(inner)
 
 
 def _mark_step(optimizer: Optimizer) -> None:

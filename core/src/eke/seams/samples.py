@@ -8,7 +8,7 @@ would stop early when epochs shrink.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -19,6 +19,9 @@ from eke import compat
 from eke.seams.data import IndexTap
 from eke.seams.state import gather
 from eke.spec import EkeError
+
+if TYPE_CHECKING:
+    from eke.run import Run
 
 
 class SamplesError(EkeError, ValueError):
@@ -39,14 +42,14 @@ class Samples:
         self.kept = torch.ones(0, dtype=torch.bool)
         self.order: Tensor | None = None
         self._tap: IndexTap | None = None
-        self._trainer: Trainer | None = None
+        self._run: Run | None = None
         self._loader: DataLoader | None = None
         self._begun = False  # until then, epochs have their full length: schedules are made by it
 
-    def begin(self, trainer: Trainer) -> None:
+    def begin(self) -> None:
         """Let epochs have the length of what is kept. Call it from ``begin_samples`` and where an epoch begins."""
         self._begun = True
-        compat.set_epoch_length(trainer, self.batches)
+        compat.set_epoch_length(self._run.trainer, self.batches)
 
     @property
     def length(self) -> int:
@@ -66,8 +69,8 @@ class Samples:
         loader, own = self._loader, -(-self.count // self._loader.batch_sampler.sampler.world_size)
         return own // loader.batch_size if loader.drop_last else -(-own // loader.batch_size)
 
-    def attach(self, trainer: Trainer, loader: Any) -> Any:
-        """Let :attr:`kept` choose among the samples of ``loader``, and note which go into each batch.
+    def attach(self, run: Run, loader: Any) -> Any:
+        """Let :attr:`kept` choose among the samples of ``loader`` until the run ends, and note which go in each batch.
 
         Raises:
             SamplesError: an iterable dataset, a sampler that is none of torch's plain ones, or several train loaders.
@@ -86,7 +89,7 @@ class Samples:
                 "which to choose them. That needs a map-style dataset, with __getitem__ and __len__."
             )
         inner = getattr(loader.batch_sampler, "sampler", None)
-        sharded = trainer.world_size > 1
+        sharded = run.world_size > 1
         if inner is None or not hasattr(loader.batch_sampler, "batch_size"):
             raise SamplesError("The loader makes its batches by a sampler of its own: nothing can be left out.")
         count = len(loader.dataset)
@@ -99,11 +102,12 @@ class Samples:
             raise SamplesError(f"The checkpoint is of a run on {self.count} samples, and the data has {count}.")
         if not self.count:
             self.count, self.kept = count, torch.ones(count, dtype=torch.bool)
-        self._loader, self._trainer = loader, trainer
-        shards = trainer.strategy.distributed_sampler_kwargs if sharded else {}
+        self._loader, self._run = loader, run
+        shards = run.trainer.strategy.distributed_sampler_kwargs if sharded else {}
         # DataLoader forbids setting its samplers; the inner one may be set and needs no new loader.
         loader.batch_sampler.sampler = Chosen(inner, self, shards.get("rank", 0), shards.get("num_replicas", 1))
         self._tap = IndexTap(loader)
+        run.at_end(self.detach)
         return loader
 
     def detach(self) -> None:
@@ -111,12 +115,12 @@ class Samples:
         if self._tap is not None:
             self._tap.remove()
             self._loader.batch_sampler.sampler = self._loader.batch_sampler.sampler.inner
-        self._tap = self._loader = self._trainer = None
+        self._tap = self._loader = self._run = None
         self._begun = False
 
     def batch(self) -> Tensor:
         """Numbers of the samples in the batch at hand of this process, int64, (batch,). Call it in a training step."""
-        return torch.tensor(self._tap.at(self._trainer.fit_loop.batch_idx), dtype=torch.int64)
+        return torch.tensor(self._tap.at(self._run.trainer.fit_loop.batch_idx), dtype=torch.int64)
 
     def __reduce__(self) -> tuple[type[Samples], tuple[()]]:
         return Samples, ()  # a copy of a technique meets its data anew

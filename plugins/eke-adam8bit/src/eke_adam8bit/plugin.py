@@ -14,9 +14,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from eke import NoEffectWarning, TechniqueCallback, compat
+from eke import NoEffectWarning, Run, TechniqueCallback, compat
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
@@ -118,18 +118,12 @@ class Adam8bit(TechniqueCallback):
         self.min_elements = min_elements
         self.compile = compile
         self._chosen = ""
-        self._module: LightningModule | None = None
 
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        fitting = trainer.state.fn == "fit"
-        self._chosen = choose(self.backend, trainer.strategy) if fitting else ""
-        self._module = pl_module if fitting else None
+    def check(self, run: Run) -> None:
+        self._chosen = choose(self.backend, run.trainer.strategy) if run.fitting else ""
 
-    def restore_model(self, pl_module: LightningModule) -> None:
-        self._module = None
-
-    def alter_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        keep = self._kept()
+    def alter_optimizer(self, run: Run, optimizer: Optimizer) -> Optimizer:
+        keep = self._kept(run.module)
         twin = eight_bit(
             optimizer, keep_32bit=keep, backend=self._chosen, min_elements=self.min_elements, compile=self.compile
         )
@@ -159,13 +153,7 @@ class Adam8bit(TechniqueCallback):
                 f"Give Adam8bit(backend={saved!r})."
             )
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_module": None}
-
-    def _kept(self) -> list[Tensor]:
-        module = self._module
-        if module is None:  # outside a run
-            return []
+    def _kept(self, module: LightningModule) -> list[Tensor]:
         named = dict(module.named_parameters())
         for pattern in self.keep_32bit:
             if not any(fnmatch(name, pattern) for name in named):

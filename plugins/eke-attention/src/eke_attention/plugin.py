@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 import torch
-from eke import Technique, TechniqueCallback
+from eke import Run, Technique, TechniqueCallback
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
@@ -74,7 +74,8 @@ class Attention(TechniqueCallback):
         self._trainer: Trainer | None = None
         self._steps = 0
 
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def check(self, run: Run) -> None:
+        trainer = run.trainer
         device = trainer.strategy.root_device
         if why := refusal(self.kernel, device):
             raise AttentionError(f"Attention(kernel={self.kernel!r}) cannot run here: {why}. Take kernel='auto'.")
@@ -100,7 +101,8 @@ class Attention(TechniqueCallback):
             return "flex", "blocks are fixed, on a GPU"
         return "gather", "FlexAttention has no backward on a CPU" if device.type == "cpu" else "blocks change by batch"
 
-    def alter_model(self, pl_module: LightningModule) -> None:
+    def alter_model(self, run: Run) -> None:
+        pl_module = run.module
         if self._sites:
             return
         sites, left = install(pl_module, self._attend)
@@ -135,7 +137,7 @@ class Attention(TechniqueCallback):
         for site in sites:
             site.remove()
 
-    def restore_model(self, pl_module: LightningModule) -> None:
+    def end_run(self, run: Run) -> None:
         if self._sites:
             self._kept = self._memory()
             self._remove([*self._sites, *self._others])
@@ -149,11 +151,11 @@ class Attention(TechniqueCallback):
         for site in self._sites:
             site.layer.update(self._kept.get(site.path, {}))
 
-    def alter_batch(self, batch: Any) -> Any:
+    def alter_batch(self, run: Run, batch: Any) -> Any:
         self._training = True
         return batch if self.pattern is None else self.pattern.see_batch(batch)
 
-    def alter_eval_batch(self, batch: Any) -> Any:
+    def alter_eval_batch(self, run: Run, batch: Any) -> Any:
         self._training = False
         return batch if self.pattern is None else self.pattern.see_batch(batch)
 

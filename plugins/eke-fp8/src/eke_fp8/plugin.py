@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
 import torch
-from eke import Technique, TechniqueCallback
+from eke import Run, Technique, TechniqueCallback
 from eke.seams.blocks import BlocksError, find_blocks
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import TransformerEnginePrecision
@@ -152,7 +152,8 @@ class FP8(TechniqueCallback):
         self._used, self._why, self._steps = "", "", 0
         self._kept: dict[str, Any] = {}  # what layers remember, before training and after it
 
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def check(self, run: Run) -> None:
+        trainer = run.trainer
         if isinstance(trainer.precision_plugin, TransformerEnginePrecision):
             raise FP8Error(
                 "The Trainer's precision is Lightning's Transformer Engine plugin, which converts layers too. Leave "
@@ -166,7 +167,8 @@ class FP8(TechniqueCallback):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return "by {} ({})".format(*pick(self.backend, self.recipe, device))
 
-    def alter_model(self, pl_module: LightningModule) -> None:
+    def alter_model(self, run: Run) -> None:
+        pl_module = run.module
         if self._converted:
             return
         choice = choose(pl_module, self.layers, self.keep, self.min_features, 32 if self.recipe == "mx" else 16)
@@ -200,7 +202,8 @@ class FP8(TechniqueCallback):
         else:
             rank_zero_info(text)
 
-    def restore_model(self, pl_module: LightningModule) -> None:
+    def end_run(self, run: Run) -> None:
+        pl_module = run.module
         if self._module is not None:
             self._kept = self._memory(pl_module)
         self._module = None
@@ -222,7 +225,7 @@ class FP8(TechniqueCallback):
             if name in self._kept:
                 layer.load_state_dict(self._kept[name])
 
-    def around_step(self, call_next: Callable[..., Any], batch: Any, *args: Any) -> Any:
+    def around_step(self, run: Run, call_next: Callable[..., Any], batch: Any, *args: Any) -> Any:
         if self._used != "te":
             return call_next(batch, *args)
         with te_autocast(self.recipe, self.history, self.margin):

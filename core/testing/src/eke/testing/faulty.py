@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from eke import Technique
+from eke import Run, Technique
 from eke.technique import TechniqueCallback
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
@@ -89,7 +89,8 @@ class FreezesAgain(GradientNoise):
         if trainer.current_epoch == 1:
             pl_module.embed.requires_grad_(True)
 
-    def restore_model(self, pl_module: LightningModule) -> None:
+    def end_run(self, run: Run) -> None:
+        pl_module = run.module
         pl_module.embed.requires_grad_(True)
 
 
@@ -112,7 +113,8 @@ class NeedsItself(GradientNoise):
         exactness="model-changing",
     )
 
-    def alter_model(self, pl_module: LightningModule) -> None:
+    def alter_model(self, run: Run) -> None:
+        pl_module = run.module
         if self.scale:
             pl_module.register_buffer("noise_level", torch.zeros(1))
 
@@ -141,7 +143,7 @@ class ActsWhenOff(GradientNoise):
 class PatchesAClass(GradientNoise):
     """Patches ``nn.GELU`` for everybody, for good."""
 
-    def alter_model(self, pl_module: LightningModule) -> None:
+    def alter_model(self, run: Run) -> None:
         nn.GELU.forward = _patched
 
 
@@ -184,7 +186,7 @@ class KeepsOtherWeights(GradientNoise):
 class LeavesAPerturbation(GradientNoise):
     """Moves the weights for the time of a step, and back only where the step goes well."""
 
-    def around_step(self, call_next: Callable[..., Any], batch: Any, *args: Any) -> Any:
+    def around_step(self, run: Run, call_next: Callable[..., Any], batch: Any, *args: Any) -> Any:
         weight = next(self.module.parameters())
         with torch.no_grad():
             weight.mul_(2)
@@ -193,10 +195,11 @@ class LeavesAPerturbation(GradientNoise):
             weight.div_(2)
         return loss * 1
 
-    def alter_model(self, pl_module: LightningModule) -> None:
+    def alter_model(self, run: Run) -> None:
+        pl_module = run.module
         self.module = pl_module
 
-    def restore_model(self, pl_module: LightningModule) -> None:
+    def end_run(self, run: Run) -> None:
         self.module = None
 
 
@@ -241,7 +244,8 @@ class CopiesComputeWithTheOriginal(GradientNoise):
                 original = module.forward
                 module.forward = lambda x, original=original: original(x)
 
-    def restore_model(self, pl_module: LightningModule) -> None:
+    def end_run(self, run: Run) -> None:
+        pl_module = run.module
         for module in pl_module.modules():
             vars(module).pop("forward", None)
 
@@ -283,10 +287,12 @@ class ScalesEachBatch(GradientNoise):
 class UndoesClipping(GradientNoise):
     """Switches gradient clipping off, because it clips by itself, and then does not."""
 
-    def alter_model(self, pl_module: LightningModule) -> None:
+    def alter_model(self, run: Run) -> None:
+        pl_module = run.module
         pl_module.configure_gradient_clipping = _no_clipping
 
-    def restore_model(self, pl_module: LightningModule) -> None:
+    def end_run(self, run: Run) -> None:
+        pl_module = run.module
         vars(pl_module).pop("configure_gradient_clipping", None)
 
 
@@ -319,7 +325,7 @@ class HooksInMidRun(GradientNoise):
         if trainer.global_step >= 4 and self.handle is None and self.scale:
             self.handle = pl_module.blocks[0].mlp.register_forward_hook(_half)
 
-    def restore_model(self, pl_module: LightningModule) -> None:
+    def end_run(self, run: Run) -> None:
         if self.handle is not None:
             self.handle.remove()
         self.handle = None

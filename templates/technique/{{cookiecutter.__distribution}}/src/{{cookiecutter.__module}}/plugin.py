@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 
-from eke import NoEffectWarning, TechniqueCallback
+from eke import NoEffectWarning, Run, TechniqueCallback
 from torch.optim import Optimizer
 
 from {{ cookiecutter.__module }}.entry import RECORD
@@ -38,7 +38,7 @@ class {{ cookiecutter.class_name }}(TechniqueCallback):
 
     technique = RECORD
 
-    def alter_optimizer(self, optimizer: Optimizer) -> Optimizer:
+    def alter_optimizer(self, run: Run, optimizer: Optimizer) -> Optimizer:
         # Called for every optimizer that configure_optimizers returned; return another one to replace it.
         # To swap modules, override alter_model() and undo it in restore_model().
         if not fuse(optimizer):

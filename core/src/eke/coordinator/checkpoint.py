@@ -1,0 +1,142 @@
+"""What the techniques of a run keep in a checkpoint, written and read in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from eke.coordinator.opening import overrides
+from eke.seams import state
+from eke.seams.data import Position
+from eke.seams.passes import Passes
+from eke.seams.progress import Progress
+from eke.seams.swap import Swap
+from eke.spec import ConflictError
+
+if TYPE_CHECKING:
+    from eke.technique import TechniqueCallback
+
+
+def write(
+    checkpoint: dict[str, Any], techniques: list[TechniqueCallback], progress: Progress, swap: Swap | None
+) -> None:
+    """Put in the progress, and each technique's manifest, state and random generator."""
+    entries = {}
+    for technique in techniques:
+        name = type(technique).technique.name
+        entry = {
+            "version": technique.version,
+            "manifest": technique.manifest(),
+            "state": technique.state_dict(),
+            "generator": technique.generator.get_state(),
+        }
+        state.check_plain(entry, f"state of {name}")
+        entries[name] = entry
+    checkpoint[state.KEY] = {"version": state.VERSION, "progress": progress.state_dict(), "techniques": entries}
+    _write_eval_weights(checkpoint, eval_weights(techniques), swap)
+    for technique in techniques:
+        technique.alter_checkpoint(checkpoint)
+
+
+def write_ranks(checkpoint: dict[str, Any], trainer: Trainer, position: Position, passes: Passes | None) -> None:
+    """Put in what each process has of its own: random state, data position, a window that is cut in two."""
+    here = {**position.state_dict(trainer), "gradients": state.held_gradients(trainer)}
+    if passes is not None and here["gradients"]:
+        here["window"] = passes.state_dict()
+    checkpoint[state.KEY]["ranks"] = state.gather(trainer, here)
+
+
+def shape(
+    checkpoint: dict[str, Any], techniques: list[TechniqueCallback], module: LightningModule, trainer: Trainer | None
+) -> None:
+    """Before weights load: build the module tree that was saved, and complete what was left out.
+
+    Raises:
+        ConflictError: the checkpoint was written with techniques that are not here.
+        MisconfigurationException: a strategy that loads weights after it has sharded the model.
+    """
+    own = checkpoint[state.KEY]
+    _refuse_missing(own["techniques"], techniques, fitting=trainer is not None)
+    for technique in techniques:
+        manifest = own["techniques"].get(type(technique).technique.name, {}).get("manifest")
+        if manifest is not None:
+            _refuse_late_shape(technique, trainer)
+            technique.shape_from(manifest, module)
+    for technique in techniques:
+        if overrides(technique, "complete_checkpoint"):
+            technique.complete_checkpoint(checkpoint, module)
+    if trainer is not None and (training := own.get("training_weights")):
+        checkpoint["state_dict"].update(training)
+
+
+def restore(own: dict[str, Any], techniques: list[TechniqueCallback], progress: Progress) -> None:
+    """Give progress and techniques their state back.
+
+    Raises:
+        ConflictError: a state of a version that the installed technique cannot read.
+    """
+    progress.load_state_dict(own["progress"])
+    for technique in techniques:
+        entry = own["techniques"].get(type(technique).technique.name)
+        if entry is None:
+            continue
+        if entry["version"] > technique.version:
+            raise ConflictError(
+                f"the checkpoint holds {type(technique).technique.name!r} state of version {entry['version']}, and "
+                f"the installed one reads up to {technique.version}. Update its distribution."
+            )
+        technique.generator.set_state(entry["generator"])
+        technique.load_state_dict(entry["state"])
+
+
+def rank_of(own: dict[str, Any], trainer: Trainer) -> dict[str, Any] | None:
+    """What this process had of its own; None where there were more or fewer processes, which is said."""
+    ranks = own["ranks"]
+    if len(ranks) == trainer.world_size:
+        return ranks[trainer.global_rank]
+    rank_zero_info(
+        f"Eke: the checkpoint was written by {len(ranks)} processes and this run has {trainer.world_size}: "
+        "training goes on at the saved step, with the data order and random numbers of a new epoch."
+    )
+    return None
+
+
+def eval_weights(techniques: list[TechniqueCallback]) -> Mapping[str, torch.Tensor] | None:
+    """Weights for validation and saving; only one technique may replace them."""
+    return next((weights for one in techniques if (weights := one.eval_weights()) is not None), None)
+
+
+def _write_eval_weights(
+    checkpoint: dict[str, Any], weights: Mapping[str, torch.Tensor] | None, swap: Swap | None
+) -> None:
+    if weights is None:
+        return
+    kept = swap.kept if swap is not None else {}
+    saved = checkpoint["state_dict"]
+    if "optimizer_states" in checkpoint:
+        checkpoint[state.KEY]["training_weights"] = {name: kept.get(name, saved[name]) for name in weights}
+    checkpoint["state_dict"] = {**saved, **weights}
+
+
+def _refuse_missing(saved: Mapping[str, Any], techniques: list[TechniqueCallback], fitting: bool) -> None:
+    here = {type(one).technique.name for one in techniques}
+    missing = [name for name, entry in saved.items() if name not in here and (fitting or entry["manifest"])]
+    if missing:
+        raise ConflictError(
+            f"the checkpoint was written with {', '.join(map(repr, missing))}, which this Trainer does not have. "
+            "Add it to callbacks=, or the run would not go on as it was."
+        )
+
+
+def _refuse_late_shape(technique: TechniqueCallback, trainer: Trainer | None) -> None:
+    if trainer is not None and trainer.strategy.restore_checkpoint_after_setup:
+        raise MisconfigurationException(
+            f"{type(technique).__name__} has to change the model's shape before weights load, and "
+            f"{type(trainer.strategy).__name__} loads them after sharding it. Resume on one device or with "
+            "strategy='ddp'."
+        )

@@ -1,0 +1,264 @@
+"""Opens and closes runs, and keeps what outlives a hook."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from eke import compat
+from eke.coordinator import checkpoint as checkpoints
+from eke.coordinator import opening
+from eke.coordinator.hooks import HOOKS, Hooks
+from eke.coordinator.wiring import Wiring
+from eke.run import Run
+from eke.seams import state
+from eke.seams.data import Position
+from eke.seams.passes import Passes
+from eke.seams.progress import Progress
+from eke.seams.swap import Swap
+from eke.seams.terms import LossTerms
+
+if TYPE_CHECKING:
+    from eke.technique import TechniqueCallback
+
+
+class Coordinator(Hooks):
+    """Stands in the Trainer's callback list for all techniques."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.techniques: list[TechniqueCallback] = []
+        self.progress = Progress()
+        self.position = Position()
+        self.opening = False
+        self.runs: dict[str, Run] = {}
+        self._wiring: Wiring | None = None  # while a run is open
+        self._passes: Passes | None = None
+        self._swap: Swap | None = None
+        self._before_step: list[Callable[..., Any]] = []
+        self._begins_with: dict[str, Any] = {}  # what this process had of its own, from a checkpoint
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> Coordinator:
+        """The Trainer's coordinator, which takes all techniques off the callback list."""
+        from eke.technique import TechniqueCallback
+
+        found = next((one for one in trainer.callbacks if isinstance(one, cls)), None)
+        listed = [one for one in trainer.callbacks if isinstance(one, TechniqueCallback)]
+        if found is None:
+            found = cls()
+            place = trainer.callbacks.index(listed[0]) if listed else 0
+            trainer.callbacks = [*trainer.callbacks[:place], found, *trainer.callbacks[place:]]
+        if listed:
+            # A new list: Lightning may be walking along the old one.
+            trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, TechniqueCallback)]
+            found.techniques.extend(listed)
+        return found
+
+    # ------------------------------------------------------------------ opening and closing
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        Coordinator.of(trainer)  # takes up techniques that were listed since the last run
+        self.opening = True
+        try:
+            self.close()
+            self.techniques = opening.ordered(self.techniques, trainer)
+            self._open(trainer, pl_module, stage)
+        finally:
+            self.opening = False
+
+    def _open(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        fitting = stage == "fit"
+        counts = frozenset(word for one in self.techniques for word in one.counts)
+        self.progress.connect(trainer if fitting else None, counts)
+        opening.seed(self.techniques, trainer)
+        terms = LossTerms(module) if fitting and self._any(_adds_to_the_loss) else None
+        self._passes = None
+        if fitting and self._any(lambda one: one.passes > 1):
+            self._passes = Passes(trainer, module, [one.generator for one in self.techniques])
+        self.runs = {
+            type(one).technique.name: Run(one, trainer, module, stage, self.progress, terms, self._passes)
+            for one in self.techniques
+        }
+        for technique in self.techniques:
+            technique._coordinator, technique._run = self, self.runs[type(technique).technique.name]
+        self._wiring = Wiring(self.techniques, self.runs, Position())
+        self.position = self._wiring.position
+        try:
+            opening.check(self.techniques, self.runs, trainer, module)
+        except BaseException:
+            self.close()
+            raise
+        self.listeners = {
+            hook: [getattr(one, hook) for one in self.techniques if opening.overrides(one, hook)] for hook in HOOKS
+        }
+        self._before_step = self._wiring.at("before_optimizer_step")
+        self._wire(trainer, module, fitting, terms)
+
+    def _wire(self, trainer: Trainer, module: LightningModule, fitting: bool, terms: LossTerms | None) -> None:
+        wiring = self._wiring
+        wiring.model(module)
+
+        def save(call_next: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
+            self._write(checkpoint, trainer if fitting else None)
+            call_next(checkpoint)
+
+        def load(call_next: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
+            self._load(checkpoint, module)
+            call_next(checkpoint)
+
+        wiring.wrap(module, "on_save_checkpoint", save)
+        wiring.wrap(module, "on_load_checkpoint", load)
+        wiring.batches(trainer, module, fitting)
+        if fitting:
+            wiring.weights(trainer, module)
+            wiring.optimizers(module)
+            wiring.step(module, terms, self._passes)
+            wiring.optimizer_step(trainer)
+            wiring.loaders(trainer)
+
+    def _any(self, test: Callable[[TechniqueCallback], bool]) -> bool:
+        return any(test(one) for one in self.techniques)
+
+    def close(self) -> None:
+        """Take every wrapper off and let each technique undo what should not outlive the run."""
+        if self._wiring is None:
+            return
+        wiring, self._wiring = self._wiring, None
+        self._leave_eval_weights()
+        try:
+            for technique in reversed(self.techniques):
+                run = self.runs[type(technique).technique.name]
+                try:
+                    technique.end_run(run)
+                finally:
+                    run.close()
+        finally:
+            wiring.remove()
+            self.position.detach()
+            self.progress.connect(None)
+            self.runs, self._passes, self._before_step = {}, None, []
+            for technique in self.techniques:
+                technique._run = None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        try:
+            super().on_exception(trainer, pl_module, exception)
+        finally:
+            self.close()  # Lightning calls no teardown when a run fails
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        # After the run the wrapper is gone, and only this hook is left. Not called for weights-only files.
+        self._write(checkpoint, trainer)
+
+    def _write(self, checkpoint: dict[str, Any], trainer: Trainer | None) -> None:
+        if state.KEY in checkpoint:
+            return
+        checkpoints.write(checkpoint, self.techniques, self.progress, self._swap)
+        if trainer is not None and "optimizer_states" in checkpoint:
+            checkpoints.write_ranks(checkpoint, trainer, self.position, self._passes)
+
+    def _load(self, checkpoint: dict[str, Any], module: LightningModule) -> None:
+        own = checkpoint.get(state.KEY)
+        if own is None:
+            return
+        checkpoints.shape(checkpoint, self.techniques, module, self.progress.trainer)
+        if "callbacks" not in checkpoint:  # a weights-only file: the callback hook below will not be called
+            checkpoints.restore(own, self.techniques, self.progress)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        own = checkpoint.get(state.KEY)
+        if own is not None:
+            checkpoints.restore(own, self.techniques, self.progress)
+            if trainer.state.fn == "fit" and "ranks" in own:
+                self._begins_with = checkpoints.rank_of(own, trainer) or {}
+                self.position.load_state_dict(self._begins_with or None)
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+    # ------------------------------------------------------------------ weights for evaluation
+
+    def _enter_eval_weights(self, module: LightningModule) -> None:
+        weights = checkpoints.eval_weights(self.techniques)
+        if weights is not None:
+            self._swap = Swap(module)
+            self._swap.enter(weights)
+
+    def _leave_eval_weights(self) -> None:
+        if self._swap is not None:
+            self._swap.leave()
+            self._swap = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._enter_eval_weights(pl_module)
+        super().on_validation_start(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave_eval_weights()
+        super().on_validation_end(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._enter_eval_weights(pl_module)
+        super().on_test_start(trainer, pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave_eval_weights()
+        super().on_test_end(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._enter_eval_weights(pl_module)
+        super().on_predict_start(trainer, pl_module)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave_eval_weights()
+        super().on_predict_end(trainer, pl_module)
+
+    # ------------------------------------------------------------------ hooks of a run
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        compat.leave_finished_epoch(trainer)
+        self.position.start(trainer)
+        self.progress.begin(trainer)
+        begins_with, self._begins_with = self._begins_with, {}
+        gradients: dict[str, Tensor] = begins_with.get("gradients", {})
+        state.set_gradients(pl_module, gradients)
+        if self._passes is not None and gradients:
+            self._passes.load_state_dict(begins_with.get("window", {"complete": False, "window": []}))
+        for run in self.runs.values():
+            run.begin()
+            run.trains()
+        super().on_train_start(trainer, pl_module)
+        for begin in self._wiring.at("begin_samples"):
+            begin()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.progress.before_batch(trainer, batch_idx)
+        if self._passes is not None and self.progress.at_boundary:
+            self._passes.begin_window()
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.progress.after_batch(trainer, batch)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if self._passes is not None:
+            self._passes.optimizer = optimizer
+        for act in self._before_step:
+            act(optimizer)
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+
+
+def _adds_to_the_loss(technique: TechniqueCallback) -> bool:
+    record = type(technique).technique
+    return "loss" in record.touches("changes") | record.touches("replaces")

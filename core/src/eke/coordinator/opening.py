@@ -1,0 +1,100 @@
+"""Who may run, and in which order: all that is decided before anything is touched."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from eke import compose
+from eke.spec import Technique
+
+if TYPE_CHECKING:
+    from eke.run import Run
+    from eke.technique import TechniqueCallback
+
+
+def overrides(technique: TechniqueCallback, method: str) -> bool:
+    """Whether a technique has a method of its own in place of the base class's."""
+    from eke.technique import TechniqueCallback
+
+    return getattr(type(technique), method) is not getattr(TechniqueCallback, method)
+
+
+def records(techniques: Iterable[TechniqueCallback], trainer: Trainer) -> list[Technique]:
+    """The records of all that takes part in a run: techniques, strategy and precision."""
+    parts = (trainer.strategy, trainer.precision_plugin)
+    others = [record for part in parts if (record := getattr(type(part), "technique", None)) is not None]
+    return [*(type(one).technique for one in techniques), *others]
+
+
+def ordered(techniques: list[TechniqueCallback], trainer: Trainer) -> list[TechniqueCallback]:
+    """The techniques in the order in which they act.
+
+    Raises:
+        ConflictError: some cannot be combined with each other, or with the strategy.
+    """
+    by_name = {type(one).technique.name: one for one in techniques}
+    return [by_name[one.name] for one in compose.order(records(techniques, trainer)) if one.name in by_name]
+
+
+def check(techniques: list[TechniqueCallback], runs: dict[str, Run], trainer: Trainer, module: LightningModule) -> None:
+    """Let each technique refuse a Trainer that cannot work with it.
+
+    Raises:
+        MisconfigurationException: one cannot.
+    """
+    for technique in techniques:
+        run = runs[type(technique).technique.name]
+        if run.fitting:
+            for need in type(technique).technique.needs:
+                _NEEDS[need](technique, run)
+    altering = [one for one in techniques if overrides(one, "alter_model") or overrides(one, "initialize")]
+    user_shards = isinstance(trainer.strategy, ModelParallelStrategy) and is_overridden("configure_model", module)
+    if altering and user_shards and not getattr(trainer.strategy, "shards_in_setup", False):
+        raise MisconfigurationException(
+            f"{type(altering[0]).__name__} changes the model after configure_model, where "
+            f"{type(module).__name__} has sharded it already. Use a strategy that shards by itself, or leave "
+            "the technique out."
+        )
+    for technique in techniques:
+        technique.check(runs[type(technique).technique.name])
+
+
+def seed(techniques: list[TechniqueCallback], trainer: Trainer) -> None:
+    """Give each technique random numbers of its own, the same on all processes."""
+    common = int(trainer.strategy.broadcast(torch.initial_seed()))  # read, not drawn: the user's stream stays
+    for technique in techniques:
+        if technique._generator is None:
+            own = zlib.crc32(type(technique).technique.name.encode())
+            technique._generator = torch.Generator().manual_seed((common ^ own) % 2**63)
+
+
+def _automatic_optimization(technique: TechniqueCallback, run: Run) -> None:
+    if not run.module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{type(technique).__name__} acts between backward and the optimizer's step, which "
+            f"{type(run.module).__name__} does by hand (automatic_optimization=False). Leave the technique out, or "
+            "let Lightning optimize."
+        )
+
+
+def _sized_training_data(technique: TechniqueCallback, run: Run) -> None:
+    if run.trainer.max_steps == -1 and run.trainer.max_epochs == -1:
+        raise MisconfigurationException(
+            f"{type(technique).__name__} needs to know how long the run is, and this one has no end. "
+            "Give Trainer(max_steps=...) or max_epochs=."
+        )
+
+
+_NEEDS = {
+    "automatic optimization": _automatic_optimization,
+    "one optimizer": _automatic_optimization,  # Lightning itself allows only one then
+    "sized training data": _sized_training_data,
+}

@@ -1,0 +1,58 @@
+"""A stranger's technique of each kind, in at most forty lines, by public names alone, through the whole contract."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from eke.testing import TechniqueContract
+
+SKETCHES = sorted(Path(__file__).parent.glob("sketch_*.py"))
+STRANGER = {"test_it_has_a_record": "A sketch is not installed, so no registry holds its record."}
+
+
+@pytest.mark.parametrize("file", SKETCHES, ids=lambda file: file.stem)
+def test_a_sketch_has_forty_lines_at_most_and_no_private_names(file):
+    text = file.read_text()
+    assert len(text.splitlines()) <= 40
+    names = [node.attr for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)]
+    names += [
+        alias.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom) for alias in node.names
+    ]
+    assert not [name for name in names if name.startswith("_") and not name.startswith("__") and name != "_"]
+
+
+ALWAYS = {"test_it_costs_nothing_when_it_has_nothing_to_do": "There is no step in which it has nothing to do."}
+
+
+class Sketch(TechniqueContract):
+    exceptions = {**STRANGER, **ALWAYS}
+
+
+class TestSchedule(Sketch):
+    arguments = {"warm": 0.2}
+
+    def build(self):
+        from sketch_schedule import WarmStableDecay
+
+        return WarmStableDecay()
+
+
+class TestTwoPasses(Sketch):
+    def build(self):
+        from sketch_two_passes import SAM
+
+        return SAM()
+
+
+class TestLossTerm(Sketch):
+    def build(self):
+        from sketch_loss_term import SmallActivations
+
+        return SmallActivations()
+
+
+class TestInitialization(Sketch):
+    def build(self):
+        from sketch_initialization import Orthogonal
+
+        return Orthogonal()
