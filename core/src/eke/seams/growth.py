@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from eke.seams.optimizer import rebind, transplant
+from eke.seams.wrapped import walk
 
 
 def check_growable(trainer: Trainer, who: str) -> None:
@@ -77,7 +78,6 @@ def _pairs(before, after):
     """``id`` of each old optimizer to the new one, those inside wrappers too."""
     pairs = {}
     for old, new in zip(before, after, strict=True):
-        while old is not None and new is not None:
-            pairs[id(old)] = new
-            old, new = getattr(old, "base", None), getattr(new, "base", None)
+        for inside, its_place in zip(walk(old), walk(new), strict=False):
+            pairs[id(inside)] = its_place
     return pairs

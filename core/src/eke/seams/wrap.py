@@ -62,5 +62,15 @@ class Wrapper:
         return {**vars(self), "layers": []}
 
 
+def layers_of(owner: object, method: str) -> list[Callable[..., Any]]:
+    """What acts around a method, of all wrappers on it, outermost first."""
+    found, entry = [], vars(owner).get(method)
+    while isinstance(entry, partial) and entry.func is _call:
+        (wrapper,) = entry.args
+        found += wrapper.layers
+        entry = wrapper.on_instance
+    return found
+
+
 def _call(wrapper: Wrapper, *args: Any, **kwargs: Any) -> Any:
     return wrapper.call(0, *args, **kwargs)

@@ -12,13 +12,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
-from eke_zero.strategy import ZeRO, ZeROError, say_plan
+from eke_zero.base import Engine, ZeROError, say_plan
 
 # What DeepSpeed does between backward and the optimizer's step by itself, where no technique can reach.
 _ITS_OWN = ("gradients", "optimizer state", "weights-at-eval")
 
 
-class DeepSpeedZeRO(ZeRO, DeepSpeedStrategy):
+class DeepSpeedZeRO(Engine, DeepSpeedStrategy):
     """ZeRO on DeepSpeed."""
 
     def _engine_settings(self) -> dict[str, Any]:
@@ -80,9 +80,9 @@ class DeepSpeedZeRO(ZeRO, DeepSpeedStrategy):
                 )
         if not self.lightning_module.automatic_optimization:
             raise ZeROError(f"{type(self.lightning_module).__name__} optimizes by hand. Give engine='torch', stage=1.")
-        self._recompute(self.lightning_module)
+        blocks = self._recompute(self.lightning_module)
         super().setup(trainer)
-        say_plan(self, self.lightning_module, len(self._recomputed))
+        say_plan(self, self.lightning_module, blocks)
 
     def backward(self, closure_loss: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         # Lightning has divided the loss by the batches of a step, and DeepSpeed would do so again.
