@@ -44,8 +44,8 @@ def ema(decay: float, bias: str = "correct") -> Callable[[int], float]:
         ValueError: another decay or bias.
 
     Source:
-        Kingma and Ba, "Adam", ICLR 2015, section 3; Morales-Brotons, Vogels, Hendrikx, "Exponential Moving Average of
-        Weights in Deep Learning", TMLR 2024, https://arxiv.org/abs/2411.18704. The warm-up is TensorFlow's.
+        Kingma and Ba, "Adam", ICLR 2015, https://arxiv.org/abs/1412.6980, section 3, for the correction. The warm-up is
+        that of TensorFlow's ExponentialMovingAverage with num_updates.
     """
     if not 0 <= decay < 1:
         raise ValueError(f"decay={decay}: it has to be from 0 to below 1. 0.999 is usual.")
@@ -320,7 +320,7 @@ def batch_statistics(
         ValueError: no batches.
 
     Source:
-        Izmailov et al., UAI 2018, https://arxiv.org/abs/1803.05407, section 3.2.
+        Izmailov et al., UAI 2018, https://arxiv.org/abs/1803.05407, algorithm 1's last line.
     """
     from eke.seams.swap import Swap
 

@@ -325,7 +325,7 @@ def check_state(optimizer: Optimizer, parameter: Tensor, name: str) -> None:
         for key, value in level.state.get(parameter, {}).items():
             if isinstance(value, Tensor) and value.ndim and not _elementwise(value, parameter):
                 raise MasksError(
-                    f"{type(level).__name__} keeps {key!r} of {name!r} as a {type(value).__name__} of {value.dtype}, shape "
+                    f"{type(level).__name__} keeps {key!r} of {name!r} in {value.dtype} of shape "
                     f"{tuple(value.shape)}: one number for several weights, so that single ones cannot be set to zero. "
                     "Keep this parameter's state in 32 bits, or leave moments as they are."
                 )

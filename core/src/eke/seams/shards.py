@@ -27,7 +27,9 @@ def local(tensor: Tensor) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, on every process. Of a sharded one each process has to ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.to(tensor.device_mesh.device_type).full_tensor()  # cards cannot send CPU memory
 
 
 def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
