@@ -34,7 +34,7 @@ from eke import compat
 from eke.seams.scoring import evaluating
 from eke.seams.shards import DTensor, local, nearest, plain_name
 from eke.seams.state import rng_state, set_rng_state
-from eke.seams.step import muted
+from eke.seams.step import loss_of, muted
 from eke.seams.trial import Snapshot, check_steppable, of_run, step_arguments, to_device
 from eke.seams.wrap import bypassed
 from eke.spec import EkeError
@@ -47,8 +47,9 @@ class CalibrationError(EkeError, ValueError):
 def sample_batches(trainer: Trainer, count: int, *, on_device: bool = True, timeout: float = 300.0) -> list[Any]:
     """The first batches of the running epoch, this process's own, drawn aside: the run still sees them.
 
-    They are those that the run itself trains on first, random augmentation included, where its loader is one that Eke
-    resumes and no other; else they are drawn anew.
+    They hold the samples that the run itself trains on first, where one loader feeds it and Eke resumes that; else an
+    order drawn anew. Random augmentation is the run's too if workers do it, or in the first batch: without workers it
+    draws from the stream from which dropout will have drawn by then.
 
     Args:
         trainer: In ``fit``, from ``on_train_start`` on.
@@ -103,13 +104,11 @@ def _draw(loaders: Any, count: int, file: Path) -> None:
             if place is not None:
                 place.rewind()
             if getattr(loader, "persistent_workers", False):
-                loader.persistent_workers = False  # or the run's own workers would be asked
+                vars(loader)["persistent_workers"] = False  # or the run's own would be asked; setattr refuses
             if getattr(loader, "pin_memory", False):
                 loader.pin_memory = False  # a copied process may not touch the card
         # A copy, or the run's iterators would lose their owner, and end the run's workers as they go.
-        aside = copy.copy(loaders)
-        iter(aside)
-        outcome = [item[0] for item in islice(aside, count)], ""
+        outcome = [item[0] for item in islice(copy.copy(loaders), count)], ""
         content = pickle.dumps(outcome)
     except BaseException:
         content = pickle.dumps(([], traceback.format_exc()))
@@ -167,8 +166,7 @@ def gradients(
     try:
         for one in chosen.values():
             one.requires_grad_(True)
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
+        scale = float(compat.loss_scale(trainer))
         found = _passes(trainer, module, batches, chosen, scale, evaluate)
         while scale > 1 and not all(map(_finite, found.values())):
             scale = max(scale / 16, 1.0)  # as the scaler would, until they fit half precision
@@ -208,10 +206,9 @@ def _passes(
                         output = module.training_step(*arguments)
                 else:
                     output = strategy.training_step(*arguments)
-            loss = output["loss"] if isinstance(output, dict) else output
-            if not isinstance(loss, Tensor):
-                raise CalibrationError(f"training_step gave {type(loss).__name__} for batch {number}, and no loss.")
-            module.backward(loss * (scale / len(batches)))
+            if output is None:
+                raise CalibrationError(f"training_step gave no loss for batch {number}, so it has no gradient.")
+            module.backward(loss_of(output) * (scale / len(batches)))
     return {
         name: torch.zeros_like(one) if one.grad is None else one.grad.detach() / scale for name, one in chosen.items()
     }

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import types
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from statistics import median
@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from eke import compat, measure
 from eke.seams.state import rng_state, set_rng_state
-from eke.seams.step import muted
+from eke.seams.step import loss_of, muted
 from eke.spec import EkeError
 
 # Objects of these packages are not looked into, unless they are modules, optimizers, or what was asked for itself.
@@ -293,9 +293,9 @@ def take_step(trainer: Trainer, window: Sequence[Any]) -> Tensor:
         for callback in own:
             callback.on_train_batch_start(trainer, module, batch, number)
         output = strategy.training_step(*step_arguments(module, batch, number))
-        loss = output["loss"] if isinstance(output, Mapping) else output
-        if loss is None:
+        if output is None:
             raise TrialError("training_step returned None, which skips a step: there is nothing to measure.")
+        loss = loss_of(output)
         if number == 0:
             module.optimizer_zero_grad(trainer.current_epoch, number, optimizer)
         losses.append(loss.detach())
