@@ -27,6 +27,7 @@ __all__ = [
     "base_of",
     "batch_hook_owner",
     "batches_done",
+    "before_batch_transfer",
     "combined_loader",
     "epoch_of_next_batch",
     "expect_no_signals",
@@ -34,6 +35,7 @@ __all__ = [
     "forget_processes",
     "in_backward",
     "is_checkpoint_wrapped",
+    "is_compiled",
     "leave_ddp_out",
     "leave_finished_epoch",
     "leave_out_of_ddp",
@@ -222,6 +224,16 @@ def batch_hook_owner(trainer: Trainer, pl_module: LightningModule) -> object:
     if datamodule is not None and is_overridden("on_after_batch_transfer", datamodule, LightningDataModule):
         return datamodule
     return pl_module
+
+
+def before_batch_transfer(trainer: Trainer, batch: Any) -> Any:
+    """What ``on_before_batch_transfer`` makes of a batch, the DataModule's or the module's."""
+    return trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called."""
+    return module._compiled_call_impl is not None
 
 
 def leave_out_of_ddp(pl_module: LightningModule, modules: Iterable[nn.Module]) -> None:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from eke.seams import interceptor
 from eke.seams.blocks import find_blocks
+from eke.seams.masks import Masks
 from eke.seams.passes import Passes
 from eke.seams.progress import Progress, Until
 from eke.seams.schedulers import scale_group
@@ -36,6 +37,8 @@ class Run:
         module: The user's LightningModule.
         stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
         progress: Steps, samples, tokens and share of the run that are done.
+        masks: On weights, of all techniques: ``run.masks.claim(run.name, ...)``. A technique that claims some declares
+            ``"changes weights"``; gradients are masked after all of ``before_optimizer_step`` and before clipping.
     """
 
     def __init__(
@@ -47,9 +50,11 @@ class Run:
         progress: Progress | None = None,
         terms: LossTerms | None = None,
         passes: Passes | None = None,
+        masks: Masks | None = None,
     ) -> None:
         self.trainer, self.module, self.stage = trainer, module, stage
         self.progress = progress or Progress()
+        self.masks = masks or Masks(module)
         self._technique, self._terms, self._passes = technique, terms, passes
         self._points: list[Until] = []
         self._undo: list[Callable[[], Any]] = []

@@ -16,7 +16,6 @@ import torch
 from eke import EkeError, Run, Technique, TechniqueCallback, compat
 from eke.seams import interceptor
 from eke.seams.blocks import Blocks
-from eke.seams.progress import Until
 from eke.seams.patches import (
     PatchEmbedding,
     PatchesError,
@@ -26,6 +25,7 @@ from eke.seams.patches import (
     one_of,
     relative_positions,
 )
+from eke.seams.progress import Until
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy

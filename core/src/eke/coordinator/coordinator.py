@@ -16,6 +16,7 @@ from eke.coordinator.wiring import Wiring
 from eke.run import Run
 from eke.seams import state
 from eke.seams.data import Position
+from eke.seams.masks import Masks
 from eke.seams.passes import Passes
 from eke.seams.progress import Progress
 from eke.seams.swap import Swap
@@ -37,6 +38,7 @@ class Coordinator(Hooks):
         self.runs: dict[str, Run] = {}
         self._wiring: Wiring | None = None  # while a run is open
         self._passes: Passes | None = None
+        self._masks: Masks | None = None  # outlives the run, as the zeros do, for a checkpoint that is written after it
         self._swap: Swap | None = None
         self._before_step: list[Callable[..., Any]] = []
         self._begins_with: dict[str, Any] = {}  # what this process had of its own, from a checkpoint
@@ -79,8 +81,10 @@ class Coordinator(Hooks):
         self._passes = None
         if fitting and self._any(lambda one: one.passes > 1):
             self._passes = Passes(trainer, module, [one.generator for one in self.techniques])
+        if self._masks is None or self._masks.module is not module:
+            self._masks = Masks(module)
         self.runs = {
-            type(one).technique.name: Run(one, trainer, module, stage, self.progress, terms, self._passes)
+            type(one).technique.name: Run(one, trainer, module, stage, self.progress, terms, self._passes, self._masks)
             for one in self.techniques
         }
         for technique in self.techniques:
@@ -96,9 +100,14 @@ class Coordinator(Hooks):
             hook: [getattr(one, hook) for one in self.techniques if opening.overrides(one, hook)] for hook in HOOKS
         }
         self._before_step = self._wiring.at("before_optimizer_step")
-        self._wire(trainer, module, fitting, terms)
+        masking = self._masks if self._any(_changes_weights) else None
+        if masking is not None:  # after all others: they see the gradients of all weights
+            self._before_step.append(lambda optimizer: masking.before_step())
+        self._wire(trainer, module, fitting, terms, masking)
 
-    def _wire(self, trainer: Trainer, module: LightningModule, fitting: bool, terms: LossTerms | None) -> None:
+    def _wire(
+        self, trainer: Trainer, module: LightningModule, fitting: bool, terms: LossTerms | None, masks: Masks | None
+    ) -> None:
         wiring = self._wiring
         wiring.model(module)
 
@@ -117,7 +126,7 @@ class Coordinator(Hooks):
             wiring.weights(trainer, module)
             wiring.optimizers(module)
             wiring.step(module, terms, self._passes)
-            wiring.optimizer_step(trainer)
+            wiring.optimizer_step(trainer, masks)
             wiring.loaders(trainer)
 
     def _any(self, test: Callable[[TechniqueCallback], bool]) -> bool:
@@ -163,7 +172,7 @@ class Coordinator(Hooks):
     def _write(self, checkpoint: dict[str, Any], trainer: Trainer | None) -> None:
         if state.KEY in checkpoint:
             return
-        checkpoints.write(checkpoint, self.techniques, self.progress, self._swap)
+        checkpoints.write(checkpoint, self.techniques, self.progress, self._swap, self._masks)
         if trainer is not None and "optimizer_states" in checkpoint:
             checkpoints.write_ranks(checkpoint, trainer, self.position, self._passes)
 
@@ -173,12 +182,12 @@ class Coordinator(Hooks):
             return
         checkpoints.shape(checkpoint, self.techniques, module, self.progress.trainer)
         if "callbacks" not in checkpoint:  # a weights-only file: the callback hook below will not be called
-            checkpoints.restore(own, self.techniques, self.progress)
+            checkpoints.restore(own, self.techniques, self.progress, self._masks)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         own = checkpoint.get(state.KEY)
         if own is not None:
-            checkpoints.restore(own, self.techniques, self.progress)
+            checkpoints.restore(own, self.techniques, self.progress, self._masks)
             if trainer.state.fn == "fit" and "ranks" in own:
                 self._begins_with = checkpoints.rank_of(own, trainer) or {}
                 self.position.load_state_dict(self._begins_with or None)
@@ -227,6 +236,7 @@ class Coordinator(Hooks):
         compat.leave_finished_epoch(trainer)
         self.position.start(trainer)
         self.progress.begin(trainer)
+        self._masks.follow()  # strategies that shard have put other parameters in place
         begins_with, self._begins_with = self._begins_with, {}
         gradients: dict[str, Tensor] = begins_with.get("gradients", {})
         state.set_gradients(pl_module, gradients)
@@ -257,6 +267,11 @@ class Coordinator(Hooks):
         for act in self._before_step:
             act(optimizer)
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
+
+
+def _changes_weights(technique: TechniqueCallback) -> bool:
+    record = type(technique).technique
+    return "weights" in record.touches("changes") | record.touches("replaces")
 
 
 def _adds_to_the_loss(technique: TechniqueCallback) -> bool:

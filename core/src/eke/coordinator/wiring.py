@@ -12,6 +12,7 @@ from eke import compat
 from eke.coordinator.opening import overrides
 from eke.seams import schedulers
 from eke.seams.data import Position
+from eke.seams.masks import Masks
 from eke.seams.optimizer import map_optimizers
 from eke.seams.passes import Passes
 from eke.seams.terms import LossTerms
@@ -125,9 +126,12 @@ class Wiring:
         outer = [one.around for one in (passes, terms) if one is not None]
         self.wrap(module, "training_step", *outer, *self.at("around_step"))
 
-    def optimizer_step(self, trainer: Trainer) -> None:
+    def optimizer_step(self, trainer: Trainer, masks: Masks | None) -> None:
         """After the optimizer's step, under every strategy, by hand or by Lightning."""
         after = self.at("after_optimizer_step")
+        if masks is not None:  # before the others, which see the zeros, and after them, who may have moved them
+            masking = [lambda optimizer: masks.after_step()]
+            after = [*masking, *after, *(masking if after else ())]
         if not after:
             return
 
