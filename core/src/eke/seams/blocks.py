@@ -7,13 +7,17 @@ The trick it hides: no two libraries name them alike (``blocks``, ``transformer.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+
+from eke.seams import names
+from eke.spec import EkeError
 
 _NAMES = {
     letter: re.compile(rf"(to_|w_?|attn_|self_)?{word}(_?(proj|lin|linear))?")
@@ -22,7 +26,7 @@ _NAMES = {
 _FUSED = re.compile(r"(to_|w_?|c_|in_|attn_)?(qkv|attn|query_key_value)(_?(proj|lin|linear))?|W_?pack")
 
 
-class BlocksError(ValueError):
+class BlocksError(EkeError, ValueError):
     """The blocks of a model are not to be found, or there is more than one list that could be meant."""
 
 
@@ -61,6 +65,18 @@ class Blocks:
         """All blocks have one class and the same parameter names, shapes and dtypes."""
         return len({_kind(block) for block in self.modules}) == 1
 
+    @property
+    def nearly_alike(self) -> bool:
+        """All have one class, and what all have is of one shape: some may hold more, as T5's first its positions."""
+        return _nearly_alike(self.modules)
+
+    @property
+    def extra(self) -> dict[int, tuple[str, ...]]:
+        """Of blocks that hold more than the others, names of those parameters. Empty where :attr:`alike`."""
+        named = [{name for name, _ in block.named_parameters(remove_duplicate=False)} for block in self.modules]
+        common = set.intersection(*named) if named else set()
+        return {i: tuple(sorted(names - common)) for i, names in enumerate(named) if names - common}
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -85,7 +101,7 @@ class Attention:
         """
         pattern = {"fused": _FUSED, "separate": _NAMES[of]}.get(self.kind)
         for name, child in self.module.named_children():
-            if pattern is not None and pattern.fullmatch(name) and _is_projection(child):
+            if pattern is not None and pattern.fullmatch(name) and is_linear(child):
                 return child
         raise BlocksError(
             f"The attention at {self.path!r}, a {type(self.module).__name__}, has no projection for {of!r}."
@@ -132,6 +148,28 @@ def find_blocks(module: nn.Module, path: str | None = None) -> Blocks:
     return _blocks(*longest)
 
 
+def find_all_blocks(module: nn.Module, paths: str | Sequence[str] | None = None) -> list[Blocks]:
+    """Find every list of a model's repeated blocks: of an encoder and a decoder, of two towers, of each stage.
+
+    Blocks that hold one submodule more than the others are taken too, as T5's first, which holds the positions of all.
+
+    Args:
+        module: A model, a LightningModule, or anything that holds one.
+        paths: Dotted paths of the lists, or of parts of the model that hold one each. By default all lists count
+            whose modules hold attention; where none does, those that :func:`find_blocks` would choose from.
+
+    Raises:
+        BlocksError: no such path, or no such list. The message names what was found.
+    """
+    if paths is not None:
+        return [find_blocks(module, path) for path in ([paths] if isinstance(paths, str) else paths)]
+    lists = [(name, found) for name, found in module.named_modules() if _is_list(found)]
+    chosen = _preferred([one for one in lists if len(one[1]) > 1 and _nearly_alike(list(one[1])) and _weights(one[1])])
+    if not chosen:
+        raise BlocksError(f"{type(module).__name__} holds no list of two or more like blocks. {_found(lists)}")
+    return [_blocks(*one) for one in chosen]
+
+
 def find_attention(module: nn.Module) -> list[Attention]:
     """Find the attention modules of a block or a model, in the order of ``named_modules``.
 
@@ -145,10 +183,20 @@ def find_attention(module: nn.Module) -> list[Attention]:
     return [Attention(path, found, kind) for path, found in module.named_modules() if (kind := _attention_kind(found))]
 
 
+def is_linear(module: nn.Module) -> bool:
+    """A linear map: ``nn.Linear``, Hugging Face's ``Conv1D``, a 1 by 1 convolution, a quantized or adapted one."""
+    weight = getattr(module, "weight", None)
+    return (
+        weight is not None
+        and (weight.ndim == 2 or isinstance(module, _ConvNd))
+        and not isinstance(module, nn.Embedding)
+    )
+
+
 def _attention_kind(module: nn.Module) -> Literal["torch", "fused", "separate", "named"] | None:
     if isinstance(module, nn.MultiheadAttention):
         return "torch"
-    projections = [name for name, child in module.named_children() if _is_projection(child)]
+    projections = [name for name, child in module.named_children() if is_linear(child)]
     if all(any(pattern.fullmatch(name) for name in projections) for pattern in _NAMES.values()):
         return "separate"
     if any(_FUSED.fullmatch(name) and _widens(getattr(module, name)) for name in projections):
@@ -159,16 +207,6 @@ def _attention_kind(module: nn.Module) -> Literal["torch", "fused", "separate", 
     return None
 
 
-def _is_projection(module: nn.Module) -> bool:
-    """A linear map: ``nn.Linear``, Hugging Face's ``Conv1D``, a 1 by 1 convolution, a quantized or adapted one."""
-    weight = getattr(module, "weight", None)
-    return (
-        weight is not None
-        and (weight.ndim == 2 or isinstance(module, _ConvNd))
-        and not isinstance(module, nn.Embedding)
-    )
-
-
 def _widens(module: nn.Module) -> bool:
     """Gives more features than it takes: queries, keys and values in one."""
     one, other = module.weight.shape[:2]
@@ -177,7 +215,7 @@ def _widens(module: nn.Module) -> bool:
 
 def _at(module: nn.Module, path: str) -> nn.Module:
     try:
-        return module.get_submodule(path)
+        return names.at(module, path)
     except AttributeError:
         lists = [(name, found) for name, found in module.named_modules() if _is_list(found)]
         raise BlocksError(f"{type(module).__name__} has no module at {path!r}. {_found(lists)}") from None
@@ -190,6 +228,20 @@ def _is_list(module: nn.Module) -> bool:
 def _kind(block: nn.Module) -> tuple[type[nn.Module], tuple[object, ...]]:
     shapes = tuple((name, tuple(p.shape), p.dtype) for name, p in block.named_parameters(remove_duplicate=False))
     return type(block), shapes
+
+
+def _nearly_alike(blocks: Sequence[nn.Module]) -> bool:
+    """One class, and one shape for each parameter that more than one block has; most of them in all."""
+    if len({type(block) for block in blocks}) != 1:
+        return False
+    shapes: dict[str, set[tuple[int, ...]]] = {}
+    counts: Counter[str] = Counter()
+    for block in blocks:
+        for name, parameter in block.named_parameters(remove_duplicate=False):
+            shapes.setdefault(name, set()).add(tuple(parameter.shape))
+            counts[name] += 1
+    common = [name for name, count in counts.items() if count == len(blocks)]
+    return all(len(one) == 1 for one in shapes.values()) and len(common) * 2 > len(counts)
 
 
 def _kinds(container: nn.Module) -> int:
