@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from eke.seams import names
@@ -187,7 +187,7 @@ def is_linear(module: nn.Module) -> bool:
     """A linear map: ``nn.Linear``, Hugging Face's ``Conv1D``, a 1 by 1 convolution, a quantized or adapted one."""
     weight = getattr(module, "weight", None)
     return (
-        weight is not None
+        isinstance(weight, Tensor)
         and (weight.ndim == 2 or isinstance(module, _ConvNd))
         and not isinstance(module, nn.Embedding)
     )
