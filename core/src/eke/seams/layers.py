@@ -2,7 +2,7 @@
 
 What hangs on a layer's place, and is hidden here: a layer that stands at two places is one layer afterwards too; a
 weight that is tied stays tied; optimizers, sharding and checkpoints know parameters by identity and by name, so that a
-layer which is to hold the same ones has to say so; blocks may be copied while their layers are replaced; and whoever
+layer which is to hold the same ones has to say so; blocks may be copied while their layers are replaced; whoever
 replaces a weight (FSDP2 does) replaces it in the layer that stands there now, from where it goes back.
 
 It knows no Lightning.
@@ -28,7 +28,10 @@ class LayersError(EkeError, ValueError):
 
 
 def find_layers(
-    module: nn.Module, patterns: str | Iterable[str] | None = None, kinds: Iterable[str] = LINEAR, argument: str = "layers"
+    module: nn.Module,
+    patterns: str | Iterable[str] | None = None,
+    kinds: Iterable[str] = LINEAR,
+    argument: str = "layers",
 ) -> dict[str, nn.Module]:
     """The layers of a kind, by plain name, but for those inside of ``nn.MultiheadAttention``, which reads their weights
     without calling them.
@@ -69,7 +72,7 @@ def swap(
         build: Gets a layer and gives the one that stands in for it. It may give the layer itself, of another class.
         owner: Who does it; :func:`restore` undoes all of one owner's.
         keys: ``"same"``: the new layer has the parameters and buffers of the old one under the same names, so that
-            checkpoints load with it and without it, strictly. ``"own"``: it has others (a quantized weight, two factors).
+            checkpoints load with it and without it, strictly. ``"own"``: it has others, such as two factors.
 
     Returns:
         The layers that stood there, by name.
@@ -84,7 +87,9 @@ def swap(
     try:
         for name, layer in old.items():
             if _MARK in vars(layer):
-                raise LayersError(f"{name!r} stands in for another layer already, put there by {vars(layer)[_MARK][0]}.")
+                raise LayersError(
+                    f"{name!r} stands in for another layer already, put there by {vars(layer)[_MARK][0]}."
+                )
             if id(layer) not in built:
                 built[id(layer)] = _built(name, layer, build, owner, keys, uses)
     except BaseException:
@@ -125,6 +130,10 @@ def place(module: nn.Module, name: str, layer: nn.Module) -> nn.Module:
     return before
 
 
+def _called(layer: nn.Module, args: Any) -> None:
+    """A hook that does nothing: with it, torch's encoder layers call a layer and do not read its weights past it."""
+
+
 def _get(module: nn.Module, name: str) -> nn.Module:
     parent, child = parent_of(module, name)
     return parent.get_submodule(child)
@@ -136,7 +145,8 @@ def _built(
     before, kind, attributes = dict(layer.named_parameters()), type(layer), set(vars(layer))
     entries = set(layer.state_dict())
     new = build(layer)
-    vars(new)[_MARK] = owner, (kind, attributes) if new is layer else layer
+    handle = new.register_forward_pre_hook(_called)
+    vars(new)[_MARK] = owner, (kind, attributes) if new is layer else layer, handle
     new.train(layer.training)
     after = dict(new.named_parameters())
     lost = [key for key, p in before.items() if after.get(key) is not p]
@@ -159,7 +169,8 @@ def _built(
 
 def _back(new: nn.Module) -> nn.Module:
     """The layer that a new one stands in for, as it was, with the parameters that the new one has now."""
-    _, old = vars(new).pop(_MARK)
+    _, old, handle = vars(new).pop(_MARK)
+    handle.remove()
     if isinstance(old, tuple):  # the layer itself, of another class
         kind, attributes = old
         for name in set(vars(new)) - attributes:
