@@ -133,7 +133,7 @@ def test_grown_as_identity_the_model_computes_what_it_did(form):
     run = fit(TinyBlocks(), Stacking([5], operator="identity", form=form), callbacks=[watch])
     assert torch.equal(watch.values[5], watch.kept)
     assert not torch.equal(watch.values[6], watch.values[5])
-    zeroed = [layer.weight for block in run.model.blocks[HALF:] for layer in output_projections(block)]
+    zeroed = [layer.matrix() for block in run.model.blocks[HALF:] for layer in output_projections(block)]
     assert all(weight.abs().sum() > 0 for weight in zeroed)  # and trains from there
 
 
