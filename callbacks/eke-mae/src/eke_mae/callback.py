@@ -66,7 +66,7 @@ class MAE(TechniqueCallback):
             ``"simmim"``: hidden squares are replaced by a learned token in the encoder, a linear map gives their
             pixels. ``"beit"``: hidden rectangles, likewise, and the map gives which of ``classes`` visual words they
             are, as ``tokenizer`` says.
-        duration: How long it pretrains: a share of the run up to 1, a number of optimizer steps, or words. Then the user's own
+        duration: How long it pretrains: a share of the run up to 1, optimizer steps, or words. Then the user's own
             step takes over, on all patches.
         decoder_width: Of the decoder of ``"mae"``, a multiple of 4. By default half of the encoder's.
         decoder_depth: Blocks of it.
