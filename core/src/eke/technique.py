@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
-from eke import compat, compose
+from eke import compat, compose, strategies
 from eke.seams import state as checkpoints
 from eke.seams.data import Position
 from eke.seams.optimizer import map_optimizers
@@ -146,12 +146,10 @@ class TechniqueStrategy:
     Class attributes:
         technique: The record.
         shards_in_setup: It shards the model itself, after techniques have changed it and not in ``configure_model``.
-        shards_optimizer: A process's optimizer holds a part of the states, so that a model cannot grow in mid-run.
     """
 
     technique: ClassVar[Technique]
     shards_in_setup: ClassVar[bool] = False
-    shards_optimizer: ClassVar[bool] = False
 
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
@@ -220,6 +218,7 @@ class Coordinator(Callback):
 
     def _check(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
+            strategies.check(self.techniques, trainer.strategy)
             for technique in self.techniques:
                 for need in type(technique).technique.needs:
                     _NEEDS[need](technique, trainer, pl_module)

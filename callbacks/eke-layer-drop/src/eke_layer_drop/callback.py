@@ -17,7 +17,6 @@ from eke.seams import interceptor
 from eke.seams.blocks import Blocks, find_blocks
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from eke_layer_drop.entry import RECORD
@@ -96,15 +95,8 @@ class LayerDrop(TechniqueCallback):
         self._cut = False
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit":
-            return
-        shards = getattr(trainer.strategy, "shards_in_setup", False)  # FSDP2 waits for no block that is not called
-        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)) and not shards:
-            raise MisconfigurationException(
-                f"LayerDrop skips blocks, for which processes that shard them under {type(trainer.strategy).__name__} "
-                "would wait. Use one device, strategy='ddp' or ZeRO of eke-zero, or leave it out."
-            )
-        compat.expect_unused_parameters(trainer.strategy)
+        if trainer.state.fn == "fit":
+            compat.expect_unused_parameters(trainer.strategy)
 
     def alter_model(self, pl_module: LightningModule) -> None:
         self._found = find_blocks(pl_module, self.blocks)

@@ -20,7 +20,6 @@ from eke.seams.blocks import Blocks, find_blocks
 from eke.seams.patches import PatchEmbedding, PatchesError, find_images, find_patches, relative_positions
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -116,14 +115,8 @@ class MAE(TechniqueCallback):
         self._kind = ""
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit":
-            return
-        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-            raise MisconfigurationException(
-                f"MAE keeps its decoder beside the model, which {type(trainer.strategy).__name__} would shard. It has "
-                "been tested on one device and under DDP. Use strategy='ddp', or leave it out."
-            )
-        compat.expect_unused_parameters(trainer.strategy)  # a head that labels would train
+        if trainer.state.fn == "fit":
+            compat.expect_unused_parameters(trainer.strategy)  # a head that labels would train
 
     def alter_model(self, pl_module: LightningModule) -> None:
         if self._sight is not None:

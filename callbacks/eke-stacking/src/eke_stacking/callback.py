@@ -96,8 +96,6 @@ class Stacking(TechniqueCallback):
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._fitting = trainer.state.fn == "fit"
-        if self._fitting:
-            growth.check_growable(trainer, "Stacking")
 
     def alter_model(self, pl_module: LightningModule) -> None:
         if not self._knows(pl_module):

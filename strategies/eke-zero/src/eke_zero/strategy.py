@@ -86,7 +86,6 @@ class ZeRO(TechniqueStrategy, Strategy):
 
     technique: ClassVar[Technique] = RECORD
     shards_in_setup: ClassVar[bool] = True
-    shards_optimizer: ClassVar[bool] = True
 
     def __new__(cls, stage: int = 3, offload: Any = None, engine: str = "torch", *args: Any, **kwargs: Any) -> ZeRO:
         if cls is not ZeRO:
@@ -134,6 +133,7 @@ class ZeRO(TechniqueStrategy, Strategy):
             raise ZeROError(f"timeout={timeout}: seconds, more than 0, are needed.")
         self.stage = stage
         self.offload = offload
+        self.engine = engine
         self.blocks = blocks
         self.remat = remat
         self.checkpoint = checkpoint or ("full" if engine == "torch" else None)
