@@ -23,7 +23,7 @@ SHORT = {"start": 2, "rounds": 2, "block": 2, "ceilings": False}
 class Remat(eke.TechniqueCallback):
     """Recomputes blocks: less memory, more time, the same bits."""
 
-    technique = eke.Technique(name="remat", kind="callback", effects=("changes activations",), exactness="exact")
+    technique = eke.Technique(name="remat", kind="callback", effects=("changes saved tensors",), exactness="exact")
 
     def __init__(self):
         self.wrapped = []
@@ -72,7 +72,7 @@ clock = Clock()
 class Slows(eke.TechniqueCallback):
     """Exact, and costs ten times the step."""
 
-    technique = eke.Technique(name="slows", kind="callback", effects=("changes activations",), exactness="exact")
+    technique = eke.Technique(name="slows", kind="callback", effects=("changes saved tensors",), exactness="exact")
 
     def alter_model(self, run):
         pl_module = run.module

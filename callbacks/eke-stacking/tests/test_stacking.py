@@ -7,6 +7,7 @@ import warnings
 import eke
 import pytest
 import torch
+from eke import strategies
 from eke.seams import interceptor
 from eke.seams.blocks import find_blocks
 from eke.testing import (
@@ -561,14 +562,10 @@ def test_identity_refuses_post_norm_blocks_and_blocks_it_cannot_read():
 
 
 def test_a_strategy_that_shards_is_refused():
-    from types import SimpleNamespace
-
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    trainer = SimpleNamespace(strategy=FSDPStrategy(), state=SimpleNamespace(fn="fit"))
-    technique = Stacking()
-    with pytest.raises(MisconfigurationException, match="which FSDPStrategy cannot follow.*strategy='ddp'"):
-        technique.check(eke.Run(technique, trainer, TinyBlocks()))
+    with pytest.raises(MisconfigurationException, match="FSDPStrategy imposes.*cannot follow.*strategy='ddp'"):
+        strategies.check([Stacking()], FSDPStrategy())
 
 
 def test_shares_of_a_run_without_an_end_are_refused():

@@ -97,8 +97,6 @@ class Stacking(TechniqueCallback):
     def check(self, run: Run) -> None:
         trainer = run.trainer
         self._fitting = trainer.state.fn == "fit"
-        if self._fitting:
-            growth.check_growable(trainer, "Stacking")
 
     def alter_model(self, run: Run) -> None:
         pl_module = run.module

@@ -13,12 +13,13 @@ from eke.coordinator import checkpoint as checkpoints
 from eke.coordinator import opening
 from eke.coordinator.hooks import HOOKS, Hooks
 from eke.coordinator.wiring import Wiring
-from eke.run import Run
+from eke.run import Run, Shared
 from eke.seams import state
 from eke.seams.data import Position
 from eke.seams.masks import Masks
 from eke.seams.passes import Passes
 from eke.seams.progress import Progress
+from eke.seams.saved import Saved
 from eke.seams.swap import Swap
 from eke.seams.terms import LossTerms
 
@@ -77,19 +78,18 @@ class Coordinator(Hooks):
         counts = frozenset(word for one in self.techniques for word in one.counts)
         self.progress.connect(trainer if fitting else None, counts)
         opening.seed(self.techniques, trainer)
-        terms = LossTerms(module) if fitting and self._any(_adds_to_the_loss) else None
-        self._passes = None
-        if fitting and self._any(lambda one: one.passes > 1):
-            self._passes = Passes(trainer, module, [one.generator for one in self.techniques])
         if self._masks is None or self._masks.module is not module:
             self._masks = Masks(module)
-        self.runs = {
-            type(one).technique.name: Run(one, trainer, module, stage, self.progress, terms, self._passes, self._masks)
-            for one in self.techniques
-        }
+        shared = Shared(self.progress, self._masks, Saved(module))
+        if fitting and self._any("loss"):
+            shared.terms = LossTerms(module)
+        if fitting and any(one.passes > 1 for one in self.techniques):
+            shared.passes = Passes(trainer, module, [one.generator for one in self.techniques])
+        self._passes = shared.passes
+        self.runs = {type(one).technique.name: Run(one, trainer, module, stage, shared) for one in self.techniques}
         for technique in self.techniques:
             technique._coordinator, technique._run = self, self.runs[type(technique).technique.name]
-        self._wiring = Wiring(self.techniques, self.runs, Position())
+        self._wiring = Wiring(self.techniques, self.runs, trainer, Position())
         self.position = self._wiring.position
         try:
             opening.check(self.techniques, self.runs, trainer, module)
@@ -100,14 +100,17 @@ class Coordinator(Hooks):
             hook: [getattr(one, hook) for one in self.techniques if opening.overrides(one, hook)] for hook in HOOKS
         }
         self._before_step = self._wiring.at("before_optimizer_step")
-        masking = self._masks if self._any(_changes_weights) else None
-        if masking is not None:  # after all others: they see the gradients of all weights
-            self._before_step.append(lambda optimizer: masking.before_step())
-        self._wire(trainer, module, fitting, terms, masking)
+        masks = self._masks if self._any("weights") else None
+        if masks is not None:  # after all others: they see the gradients of all weights
+            self._before_step.append(lambda optimizer: masks.before_step())
+        self._wire(trainer, module, fitting)
+        if fitting:
+            packing = [shared.saved.around] if self._any("saved tensors") else []
+            outermost = [one.around for one in (shared.passes, shared.terms) if one is not None]
+            self._wiring.step(module, outermost, packing)
+            self._wiring.optimizer_step(trainer, masks)
 
-    def _wire(
-        self, trainer: Trainer, module: LightningModule, fitting: bool, terms: LossTerms | None, masks: Masks | None
-    ) -> None:
+    def _wire(self, trainer: Trainer, module: LightningModule, fitting: bool) -> None:
         wiring = self._wiring
         wiring.model(module)
 
@@ -125,12 +128,12 @@ class Coordinator(Hooks):
         if fitting:
             wiring.weights(trainer, module)
             wiring.optimizers(module)
-            wiring.step(module, terms, self._passes)
-            wiring.optimizer_step(trainer, masks)
             wiring.loaders(trainer)
 
-    def _any(self, test: Callable[[TechniqueCallback], bool]) -> bool:
-        return any(test(one) for one in self.techniques)
+    def _any(self, resource: str) -> bool:
+        """Whether a technique of the run writes to a resource."""
+        records = (type(one).technique for one in self.techniques)
+        return any(resource in record.touches("changes") | record.touches("replaces") for record in records)
 
     def close(self) -> None:
         """Take every wrapper off and let each technique undo what should not outlive the run."""
@@ -267,13 +270,3 @@ class Coordinator(Hooks):
         for act in self._before_step:
             act(optimizer)
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
-
-
-def _changes_weights(technique: TechniqueCallback) -> bool:
-    record = type(technique).technique
-    return "weights" in record.touches("changes") | record.touches("replaces")
-
-
-def _adds_to_the_loss(technique: TechniqueCallback) -> bool:
-    record = type(technique).technique
-    return "loss" in record.touches("changes") | record.touches("replaces")

@@ -34,7 +34,6 @@ class Engine(TechniqueStrategy, Strategy):
 
     technique: ClassVar[Technique] = RECORD
     shards_in_setup: ClassVar[bool] = True
-    shards_optimizer: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -71,6 +70,7 @@ class Engine(TechniqueStrategy, Strategy):
             raise ZeROError(f"timeout={timeout}: seconds, more than 0, are needed.")
         self.stage = stage
         self.offload = offload
+        self.engine = engine
         self.blocks = blocks
         self.remat = remat
         self.checkpoint = checkpoint or ("full" if engine == "torch" else None)
