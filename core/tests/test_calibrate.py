@@ -63,7 +63,9 @@ class Net(LightningModule):
 class Draws(eke.TechniqueCallback):
     """Changes batches by numbers of its own, and remembers."""
 
-    technique = eke.Technique(name="draws", kind="callback", effects=("changes batch",), exactness="approximate")
+    technique = eke.Technique(
+        name="draws", kind="callback", effects=("changes batch content",), exactness="approximate"
+    )
 
     def __init__(self):
         self.seen = []

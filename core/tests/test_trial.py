@@ -131,7 +131,9 @@ class Busy(TinyBlocks):
 class Remembers(eke.TechniqueCallback):
     """Keeps a tensor, a list, a count and random numbers, and changes batches."""
 
-    technique = eke.Technique(name="remembers", kind="callback", effects=("changes batch",), exactness="approximate")
+    technique = eke.Technique(
+        name="remembers", kind="callback", effects=("changes batch content",), exactness="approximate"
+    )
 
     def __init__(self):
         self.mean, self.seen, self.count = torch.zeros(()), [], 0

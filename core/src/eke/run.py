@@ -52,7 +52,7 @@ class Run:
         progress: Steps, samples, tokens and share of the run that are done.
         masks: On weights, of all techniques: ``run.masks.claim(run.name, ...)``. A technique that claims some declares
             ``"changes weights"``; gradients are masked after all of ``before_optimizer_step`` and before clipping.
-        saved: What autograd keeps for backward in each training step: ``run.saved.register(run.name, codec, COMPRESS)``.
+        saved: What autograd keeps for backward in a training step: ``run.saved.register(run.name, codec, COMPRESS)``.
             A technique that registers a codec declares ``"changes saved tensors"``.
     """
 

@@ -125,7 +125,7 @@ class Wiring:
     def step(
         self, module: LightningModule, outermost: list[Callable[..., Any]], innermost: list[Callable[..., Any]]
     ) -> None:
-        """Around ``training_step``: what repeats it and adds to its loss outermost, what packs its tensors innermost."""
+        """Around ``training_step``: what repeats it outermost, what packs its tensors innermost."""
         self.wrap(module, "training_step", *outermost, *self.at("around_step"), *innermost)
 
     def optimizer_step(self, trainer: Trainer, masks: Masks | None) -> None:
