@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from eke import Run, TechniqueCallback
 from eke.seams import interceptor
-from eke.seams.blocks import Blocks, find_blocks
+from eke.seams.blocks import Blocks, find_all_blocks
 from eke.seams.recompute import Policy, Recomputing, recompute, spans
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -38,8 +38,7 @@ class Remat(TechniqueCallback):
         span: Blocks that are recomputed as one, of which only the first one's input is kept. With L blocks of x bytes
             of input and A bytes inside, L / span * x + span * A bytes are held. A Transformer block's A is about 17 x,
             so that 2 pays from 34 blocks on.
-        blocks: Dotted path of the list of blocks, or several, as for an encoder and a decoder. Needed where a model has
-            more than one.
+        blocks: Dotted path of a list of blocks, or several. By default all lists of blocks that hold attention.
         own: What to do with a model that recomputes by itself, as Hugging Face's do when told to: ``"take over"``
             switches that off for the run, ``"leave"`` leaves it to the model.
 
@@ -72,8 +71,7 @@ class Remat(TechniqueCallback):
     def alter_model(self, run: Run) -> None:
         if not run.fitting:
             return
-        paths = self.blocks if isinstance(self.blocks, list) else [self.blocks]
-        self._lists = [find_blocks(run.module, path) for path in paths]
+        self._lists = find_all_blocks(run.module, self.blocks)
         self._begin(run)
         rank_zero_info(self._summary())
         run.at_end(self._undo)

@@ -7,7 +7,10 @@ RECORD = Technique(
     kind="callback",
     factory="eke_remat:Remat",
     paper="https://arxiv.org/abs/1604.06174",
-    survey="3.1 Rematerialization, [15]",
+    does="Rematerialization: blocks are computed again in backward instead of kept; all, some, in spans or by operator",
+    topics=("rematerialization and offloading",),
+    survey=(15,),
+    effects=("replaces saved tensors",),
     exceptions={
         "test_it_costs_nothing_when_it_has_nothing_to_do": "There is no step in which it has nothing to do: each one "
         "computes blocks again.",
