@@ -63,8 +63,8 @@ CALLBACKS = (
         "BaseFinetuning",
         ("replaces requires_grad", "changes optimizer", "changes learning rate"),
         {
-            "module tree": "it freezes modules when the run opens and adds groups to the optimizer in mid-run, which do "
-            "not follow modules that are put in or grow",
+            "module tree": "it freezes modules when the run opens and adds groups to the optimizer in mid-run, which "
+            "do not follow modules that are put in or grow",
             "requires_grad": "both decide which weights train",
             "sharding": "the groups that it adds hold parameters as they were before sharding",
         },
