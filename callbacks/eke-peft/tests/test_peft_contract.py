@@ -18,6 +18,7 @@ class TestPEFT(TechniqueContract):
     model = Pretrained
     shapes = SHAPES
     frozen = FROZEN
+    unseen: ClassVar = {"changes optimizer": "Only lr_ratio= (LoRA+) divides its groups."}
     arguments: ClassVar = {"method": "lora", "settings": {"r": 4}, "train": ["embed*", "norm*", "head*", "pos*"]}
 
     def build(self):
