@@ -107,10 +107,10 @@ class Attention(TechniqueCallback):
         if self._sites:
             return
         sites, left = install(pl_module, self._attend)
-        wanted = {site.path for site in sites}
+        wanted = [site.path for site in sites]
         if self.layers is not None and (sites or left):
             try:
-                wanted = set(match([*wanted, *left], self.layers, "layers"))
+                wanted = match([*wanted, *left], self.layers, "layers")
             except NamesError:
                 self._remove(sites)
                 raise
