@@ -36,7 +36,7 @@ RECORD = Technique(
 EXAMPLE = {
     "settings": {"r": 4},
     "checkpoint": "full",
-    "train": ["embed*", "position*", "norm*", "head*", "*wte*", "*wpe*", "*ln_f*"],
+    "train": ["embed*|position*|norm*|head*|*wte*|*wpe*|*ln_f*"],  # of any of the kit's models
 }
 
 
