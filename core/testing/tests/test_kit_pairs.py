@@ -3,7 +3,7 @@ from functools import partial
 import pytest
 from eke import Technique
 from eke.testing import Loader, check_pair
-from eke.testing.faulty import Forgets, GradientNoise
+from faulty import Forgets, GradientNoise
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 
