@@ -189,7 +189,7 @@ def test_ceilings_are_rates_and_the_best_is_no_less_than_the_median():
     found = measure.ceilings(seconds=0.05)
     assert set(found) == {"float32", "bfloat16", "copy"}
     for rate in found.values():
-        assert rate["best"] >= rate["median"] > 1e8
+        assert rate["best"] >= rate["median"] > 0
 
 
 def test_a_rate_is_the_amount_over_the_time_of_a_repetition(monkeypatch):

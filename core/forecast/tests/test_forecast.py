@@ -9,11 +9,13 @@ from eke import compat, measure, registry
 from eke.forecast import RUN, ForecastError, batches, forecast, resized
 from eke.forecast.fitting import Setup, changes, largest_batch, make_fit
 from eke.seams.wrapped import walk
+from eke.forecast.scratch import LONGEST, Like, Scratch
 from eke.testing import build_example, example_model, run_ranks
 from eke.testing import run as kit
 from eke.testing.models import SHAPES, TinyBlocks, TinyGPT2, TinyViT
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 
 WITHIN = 0.02
@@ -246,6 +248,59 @@ def test_frozen_weights_have_neither_gradients_nor_states():
     training = 4 * 4 * 16 * 16
     assert found.held["gradients"] == training
     assert found.parameters[1] == training // 4
+
+
+# What kernels take for themselves
+
+
+class Counted(Scratch):
+    """Counts the floating-point operations that learning costs."""
+
+    def _run(self, calls):
+        with measure.count_flops() as self.cost:
+            super()._run(calls)
+
+
+def learned(func, *args, **limits):
+    """What an operator takes for itself, and the floating-point operations that it cost to learn it."""
+    kernels = Counted(**limits)
+    with FakeTensorMode() as fake:
+        key = kernels.ask(func, [fake.from_tensor(one) for one in args], {})
+    return kernels.answer()[key], kernels.cost["flops"]
+
+
+def test_a_large_product_in_a_slow_dtype_is_learned_from_small_ones(monkeypatch):
+    monkeypatch.setattr(measure, "speed", lambda dtype: 1.3e8)  # of bfloat16 on a processor that has AVX2 alone
+    a, b = torch.empty(2048, 4096, dtype=torch.bfloat16), torch.empty(4096, 4096, dtype=torch.bfloat16)
+    _, flops = learned(torch.ops.aten.mm.default, a, b)
+    assert 0 < flops <= 2 * LONGEST * 1.3e8
+
+
+def test_what_is_scaled_is_what_the_large_one_takes():
+    single, half = torch.empty(64, 128, 512), torch.empty(64, 128, 512, dtype=torch.bfloat16)
+    cast = 2 * single.numel()  # bytes: the kernel makes a float32 of the one, or a part of it at a time
+    exact, _ = learned(torch.ops.aten.add.Tensor, single, half, longest=1e9)
+    scaled, _ = learned(torch.ops.aten.add.Tensor, single, half, longest=1e-3)
+    assert exact >= cast
+    assert scaled == exact
+
+
+def test_the_order_of_dimensions_in_memory_outlives_the_scaling():
+    given = Like((8, 4, 100, 6), (2400, 6, 24, 1), torch.float32)
+    assert given.resized((8, 4, 50, 6)) == Like((8, 4, 50, 6), (1200, 6, 24, 1), torch.float32)
+    expanded = Like((8, 100, 6), (6, 0, 1), torch.float32)
+    assert expanded.resized((8, 50, 6)).stride == (6, 0, 1)
+
+
+def test_where_patience_has_run_out_nothing_is_run():
+    half = torch.empty(64, 64, dtype=torch.bfloat16)
+    assert learned(torch.ops.aten.mm.default, half, half, patience=-1) == (0, 0)
+
+
+def test_for_another_device_no_kernel_is_run(monkeypatch):
+    monkeypatch.setattr(Scratch, "answer", lambda self: pytest.fail("a CPU kernel was run"))
+    found = forecast(builder(TinyBlocks), device="cuda")
+    assert found.held == Setup(builder(TinyBlocks), device="cuda").forecast().held
 
 
 # Other batches

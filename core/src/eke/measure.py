@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -198,7 +198,8 @@ _ATTENTION = {
 def ceilings(device: str | torch.device = "cpu", seconds: float = 1.0) -> dict[str, dict[str, float]]:
     """What this machine can do at best, now: the yardstick of a utilization.
 
-    Square matrix products in float32 and bfloat16 (n = 1024 on a CPU, 8192 on a card), and a copy of 256 MiB (1 GiB),
+    Square matrix products in float32 and bfloat16 (n = 1024 on a CPU, less where that takes longer than ``seconds``,
+    8192 on a card), and a copy of 256 MiB (1 GiB),
     each repeated for ``seconds``.
 
     Args:
@@ -210,15 +211,29 @@ def ceilings(device: str | torch.device = "cpu", seconds: float = 1.0) -> dict[s
         and as ``"median"``, which is below the best where others want the machine too.
     """
     device = torch.device(device)
-    side = 1024 if device.type == "cpu" else 8192
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
+        side = 1024 if device.type == "cpu" else 8192
+        while device.type == "cpu" and side > 64 and 2 * side**3 > speed(dtype) * seconds:
+            side //= 2  # a processor that lacks instructions for a dtype would be at one product for minutes
         a, b = torch.randn(2, side, side, device=device).to(dtype)  # zeros would run faster on a card
         found[str(dtype).removeprefix("torch.")] = _rate(partial(torch.mm, a, b), 2 * side**3, device, seconds)
     source = torch.randn((64 if device.type == "cpu" else 256) * 2**20, device=device)
     target = torch.empty_like(source)
     found["copy"] = _rate(partial(target.copy_, source), 2 * source.nbytes, device, seconds)
     return found
+
+
+@cache
+def speed(dtype: torch.dtype) -> float:
+    """Floating-point operations a second of this machine's CPU in small matrix products of a dtype; asked once.
+
+    A processor without instructions for bfloat16 is some hundred times slower at it than at float32: 0.13 GFLOP/s
+    beside 34. Where much would be computed in such a dtype, ask first.
+    """
+    side = 64
+    a, b = torch.ones(2, side, side).to(dtype)
+    return _rate(partial(torch.mm, a, b), 2 * side**3, torch.device("cpu"), 0.005)["best"]
 
 
 def _rate(work: Callable[[], Any], amount: float, device: torch.device, seconds: float) -> dict[str, float]:

@@ -1,7 +1,8 @@
 from functools import partial
 
+import faulty
 import pytest
-from eke.testing import RankError, checks, faulty, run_alone, shuffled
+from eke.testing import RankError, checks, run_alone, shuffled
 from eke.testing.checks import Subject
 
 # The tests of the contract, each as the call that it makes.

@@ -13,8 +13,10 @@ from typing import Any
 
 from eke import recipe, registry
 from eke.cli import columns
-from eke.forecast.dry_run import CAUSES, Forecast, first_size
+from eke.forecast.batch import first_size
+from eke.forecast.dry_run import Forecast
 from eke.forecast.fitting import Change, Setup, largest_batch, make_fit
+from eke.forecast.timeline import CAUSES
 from eke.spec import EkeError
 
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "G": 2**30}
@@ -58,8 +60,9 @@ def run(options: argparse.Namespace) -> int:
     for name, arguments in asked.items():
         registry.check_arguments(registry.get(name), arguments)
     trainer = {"precision": options.precision} if options.precision else {}
+    device = "cuda" if options.card else "cpu"
     setup = Setup(
-        load(options.target), asked, options.ranks, options.batch, options.length, options.accumulate, trainer
+        load(options.target), asked, options.ranks, options.batch, options.length, options.accumulate, device, trainer
     )
     given = setup.forecast()
     print(describe(options, given))

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from eke import registry
-from eke.forecast.dry_run import Forecast, ForecastError, forecast
+from eke.forecast.dry_run import Forecast, forecast
+from eke.forecast.errors import ForecastError
 from eke.spec import COSTS, EkeError, Offer
 
 
@@ -25,6 +26,7 @@ class Setup:
         ranks: Number of processes.
         batch_size, length: Of the batch; None for those that ``build`` gives.
         accumulate: Batches a step.
+        device: What it runs on.
         options: Further arguments of the Trainer, such as ``precision``.
     """
 
@@ -34,13 +36,14 @@ class Setup:
     batch_size: int | None = None
     length: int | None = None
     accumulate: int = 1
+    device: str = "cpu"
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def forecast(self) -> Forecast:
         """As :func:`eke.forecast.forecast`."""
         return forecast(
             self.build, lambda: registry.trainer_kwargs(**self.recipe), self.ranks, self.batch_size, self.length,
-            self.accumulate, **self.options,
+            self.accumulate, self.device, **self.options,
         )  # fmt: skip
 
 

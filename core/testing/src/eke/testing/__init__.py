@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from eke.testing.contract import CallbackContract, TechniqueContract
     from eke.testing.data import BATCH, LENGTH, Images, Loader, Tokens, shuffled
     from eke.testing.models import LAYERS, SHAPES, WIDTH, TinyBlocks, TinyGPT2, TinyTransformer, TinyViT, hugging_face
-    from eke.testing.pairs import build_example, check_pair, example_model
+    from eke.testing.pairs import build_example, check_pair, check_together, example_model
     from eke.testing.ranks import RankError, run_alone, run_ranks
     from eke.testing.run import Run, fit, resume
 
@@ -45,6 +45,7 @@ __all__ = [
     "assert_same",
     "build_example",
     "check_pair",
+    "check_together",
     "differences",
     "example_model",
     "fit",
@@ -60,7 +61,7 @@ _HOME = {
     "contract": ["CallbackContract", "TechniqueContract"],
     "data": ["BATCH", "LENGTH", "Images", "Loader", "Tokens", "shuffled"],
     "models": ["LAYERS", "SHAPES", "WIDTH", "TinyBlocks", "TinyGPT2", "TinyTransformer", "TinyViT", "hugging_face"],
-    "pairs": ["build_example", "check_pair", "example_model"],
+    "pairs": ["build_example", "check_pair", "check_together", "example_model"],
     "ranks": ["RankError", "run_alone", "run_ranks"],
     "run": ["Run", "fit", "resume"],
 }

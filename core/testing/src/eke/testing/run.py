@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from eke import ConflictError, registry
+from eke.quiet import quiet
 from eke.testing.compare import checksum, copied, local, random_state
 from eke.testing.data import BATCH, Loader
 from eke.testing.models import STEPS, tensors
 from eke.testing.ranks import die, run_alone
-from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
@@ -283,23 +280,3 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     if "numpy" in sys.modules:  # torch and Lightning work without it
         sys.modules["numpy"].random.seed(seed)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep Lightning from printing what a person at a terminal wants to know."""
-    loggers = [logging.getLogger("lightning.pytorch.utilities.rank_zero"), logging.getLogger("lightning.pytorch")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PossibleUserWarning)
-        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-        warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")
-        warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 RECORD = Technique(
     name="gradient_noise",
     kind="callback",
-    factory="eke.testing.faulty:GradientNoise",
+    factory="faulty:GradientNoise",
     paper="https://arxiv.org/abs/1511.06807",
     effects=("changes gradients",),
     exactness="model-changing",

@@ -1,0 +1,39 @@
+"""Keep Lightning's messages from the screen where nobody reads them: in tests, forecasts and measurements."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_LOGGERS = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
+
+
+@contextmanager
+def quiet(all_warnings: bool = False) -> Iterator[None]:
+    """Let Lightning print nothing below an error, and not warn of what only a person at a terminal wants to know.
+
+    Args:
+        all_warnings: Whether other warnings are kept back too, those of techniques and of the user's code included.
+    """
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        if all_warnings:
+            warnings.simplefilter("ignore")
+        else:
+            from lightning.fabric.utilities.warnings import PossibleUserWarning
+
+            warnings.simplefilter("ignore", PossibleUserWarning)
+            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+            warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")
+            warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
+            warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

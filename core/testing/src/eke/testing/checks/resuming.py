@@ -1,0 +1,103 @@
+"""A technique goes on from a checkpoint: after a kill, without itself, and as weights alone."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from eke.testing import run
+from eke.testing.checks.common import REFUSALS, some
+from eke.testing.checks.subject import Subject
+from eke.testing.compare import assert_same
+
+
+def resumes(
+    subject: Subject,
+    *,
+    after_epochs: int = 0,
+    after_steps: int = 0,
+    after_batches: int = 0,
+    dropout: float = 0.0,
+    random: bool = False,
+    **options: Any,
+) -> None:
+    """A run killed after a checkpoint and resumed in a fresh process ends in the same state, bit for bit.
+
+    Args:
+        subject: What is checked.
+        after_epochs: Kill at the end of this many epochs, or
+        after_steps: after this many optimizer steps, or
+        after_batches: after this many batches.
+        dropout: Of the model. Needs a technique whose checkpoints hold the global random state.
+        random: Whether the global random state is compared too.
+        options: For :func:`eke.testing.fit`.
+    """
+    options = {"epochs": subject.epochs, "steps": subject.steps, **subject.options, **options}
+    unbroken, resumed = run.resume(
+        lambda seed: subject.model(seed=seed, dropout=dropout),
+        subject.build,
+        after_epochs=after_epochs,
+        after_steps=after_steps,
+        after_batches=after_batches,
+        **options,
+    )
+    per_step = options.get("accumulate_grad_batches", 1)
+    done = after_epochs * options["steps"] or after_steps * per_step or after_batches
+    left = list(unbroken["steps"])[done:]
+    if after_epochs and subject.chooses_samples:
+        left = [name for name in unbroken["steps"] if int(name.split()[1]) >= after_epochs]
+    assert list(resumed["steps"]) == left, (
+        f"batches after the kill: {some(left)}; the resumed run trained: {some(list(resumed['steps']))}"
+    )
+    pair = [comparable(state, random, left) for state in (unbroken, resumed)]
+    assert_same(*pair, "state of the unbroken run, then of the resumed one")
+
+
+def comparable(state: dict[str, Any], random: bool, steps: list[str]) -> dict[str, Any]:
+    """The parts of a state that resuming has to give back: of the trace, the batches after the kill."""
+    unseen = set() if random else {"random state"}
+    kept = {
+        name: {key: value for key, value in state["steps"].get(name, {}).items() if key not in unseen} for name in steps
+    }
+    left_out = {"steps"} if random else {"steps", "random"}
+    return {"steps": kept, **{key: value for key, value in state.items() if key not in left_out}}
+
+
+def loads_without_it(subject: Subject) -> str | None:
+    """Its checkpoint resumes in a run without it, or is refused with words that name it. Returns the refusal."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"epochs": subject.epochs, "steps": subject.steps, **subject.options}
+        ckpt = run.interrupt(folder, lambda seed: subject.model(seed=seed), subject.build, after_epochs=1, **options)
+        try:
+            subject.fit(subject.model(), ckpt=ckpt)
+        except REFUSALS as error:
+            refusal = str(error)
+        except Exception as error:
+            raise AssertionError(f"its checkpoint fails to load without it: {type(error).__name__}: {error}") from error
+        else:
+            return None
+    names = {type(subject.build()).__name__, getattr(subject.record, "name", "")} - {""}
+    assert any(name in refusal for name in names), f"the refusal does not name it: {refusal}"
+    return refusal
+
+
+def weights_only_checkpoint_loads(subject: Subject) -> None:
+    """A weights-only checkpoint gives the trained weights back, in a model that was never trained."""
+    import eke
+
+    done = subject.fit(subject.model(), subject.build())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "weights.ckpt")
+        done.trainer.save_checkpoint(path, weights_only=True)
+        saved = torch.load(path, weights_only=True)["state_dict"]
+        if subject.record is None:
+            loaded = subject.model.load_from_checkpoint(path, seed=1)
+        else:
+            loaded = eke.load_from_checkpoint(subject.model, path, callbacks=[subject.build()])
+    assert_same(dict(saved), dict(loaded.state_dict()), "weights in the checkpoint, then in the loaded model")
+    _batch = next(iter(subject.model().train_dataloader()))
+    done.model.eval(), loaded.eval()
+    with torch.no_grad():
+        assert_same(done.model.loss(_batch), loaded.loss(_batch), "loss of the trained model, then of the loaded one")
