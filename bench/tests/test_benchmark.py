@@ -41,9 +41,9 @@ class Imagined(Runner):
             loss, cost = loss - self.gain, cost * self.step
         if run.shape["blocks"] == 1:
             loss -= self.smaller
-        accounts = {
+        costs = {
             "steps": run.steps,
-            "ledger": cost * run.steps * (1.003 if run.again or run.seed >= 100 else 1.0),
+            "normalized_cost": cost * run.steps * (1.003 if run.again or run.seed >= 100 else 1.0),
             "wall_s": run.steps * 0.1,
             "cpu_s": run.steps * 0.1,
             "flops": None,
@@ -51,7 +51,7 @@ class Imagined(Runner):
             "first_step_s": 0.1,
             "memory": {"total": 2**20},
         }
-        return record(run, {"final": {"val_loss": loss}, "accounts": accounts})
+        return record(run, {"final": {"val_loss": loss}, "costs": costs})
 
 
 def conclude(runner, claim="changed algorithm", seeds=3, **options):
@@ -92,7 +92,12 @@ def test_a_comparison_holds_every_run_that_fairness_asks_for():
     ]
     assert {row["runs"] for row in rows.values()} == {3}
     assert (rows["baseline"]["steps"], rows["baseline, 1/2"]["steps"], rows["baseline, 1/3"]["steps"]) == (24, 12, 8)
-    assert rows["plain, same cost"]["ledger"] == rows["smaller, same cost"]["ledger"] == rows["quick"]["ledger"] == 12
+    assert (
+        rows["plain, same cost"]["normalized_cost"]
+        == rows["smaller, same cost"]["normalized_cost"]
+        == rows["quick"]["normalized_cost"]
+        == 12
+    )
     assert rows["smaller, same cost"]["shape"] == dict(SIZE.smaller[0])
 
 
@@ -130,9 +135,9 @@ def test_a_technique_that_only_costs_does_not_pay():
     assert conclude(Imagined(gain=-0.3)).get("verdict") == "does not pay: the plain model is better for the same cost"
 
 
-def test_a_gain_within_the_noise_is_not_told_apart():
+def test_a_gain_within_the_noise_is_no_significant_difference():
     found = conclude(Imagined(gain=0.005, noise=0.1))
-    assert found["verdict"].startswith("not told apart")
+    assert found["verdict"].startswith("no significant difference at equal compute")
     assert tables._gain(found["rows"]["quick"]).startswith("~")
 
 
@@ -168,7 +173,7 @@ def test_a_claim_of_the_same_mathematics_that_is_wrong_is_said_to_be():
 
 @pytest.mark.parametrize(
     ("gain", "said"),
-    [(0.0, "quality not told apart"), (-0.3, "quality worse by 0.300"), (0.3, "quality better by 0.300")],
+    [(0.0, "no significant difference in quality"), (-0.3, "quality worse by 0.300"), (0.3, "quality better by 0.300")],
 )
 def test_a_claim_of_less_memory_is_memory_time_and_quality(gain, said):
     found = conclude(Imagined(gain=gain, step=1.3, noise=0.0 if gain else 0.01), claim="less memory")
@@ -176,9 +181,9 @@ def test_a_claim_of_less_memory_is_memory_time_and_quality(gain, said):
     assert found["verdict"] == f"a step takes 1.00 of the peak memory and 1.30 of its time; {said}"
 
 
-def test_two_in_a_hundred_are_never_told_apart():
+def test_two_in_a_hundred_are_never_significant():
     found = conclude(Imagined(step=0.985), claim="same mathematics")
-    assert found["verdict"] == "same losses; cost of a step not told apart"
+    assert found["verdict"] == "same losses; no significant difference in the cost of a step"
 
 
 def test_summaries_are_plain_data():
@@ -234,4 +239,4 @@ def test_rounding_that_grows_is_told_from_other_mathematics():
             return found
 
     found = conclude(Rounds(noise=0.05), claim="same mathematics")
-    assert found["verdict"].startswith("losses apart by up to 0.003, as rounding grows, and not told apart")
+    assert found["verdict"].startswith("losses apart by up to 0.003, as rounding grows; no significant difference")

@@ -35,8 +35,8 @@ def test_half_depth_for_half_of_the_run_is_in_the_flops(measured):
     grown = next(one for one in records if one["run"]["recipe"])
     half, full = grown["kinds"]["1 of 2 blocks, 4x33"], grown["kinds"]["2 of 2 blocks, 4x33"]
     assert half["steps"] == full["steps"] == 12
-    assert full["flops"] == plain["accounts"]["flops"] / 24
-    assert grown["accounts"]["flops"] == 12 * (half["flops"] + full["flops"])
+    assert full["flops"] == plain["costs"]["flops"] / 24
+    assert grown["costs"]["flops"] == 12 * (half["flops"] + full["flops"])
     # 4 windows of 32 bytes, one block less: 12 width^2 weights and its attention
     assert full["flops"] - half["flops"] == 4 * 32 * (6 * 12 * 32**2 + 12 * 32 * 32)
 

@@ -59,8 +59,8 @@ def measure(benchmark: Benchmark, size: str, runner: Runner, seeds: int | None =
 
     The learning rate is tuned for the baseline, and for the smaller model, and every run's ends at its own budget.
     Labels: ``"baseline"``, ``"baseline, 1/2"``, ``"baseline, 1/3"``, ``"A/A"``, each variant, control and subject, and,
-    for a changed algorithm, ``"plain, same cost"`` (for as many steps as come to the ledger of the first variant) and
-    ``"smaller, same cost"``.
+    for a changed algorithm, ``"plain, same cost"`` (for as many steps as come to the normalized cost of the first
+    variant) and ``"smaller, same cost"``.
     """
     at = load(benchmark.workload, size).size
     numbers = range(seeds or at.seeds)
@@ -82,7 +82,7 @@ def measure(benchmark: Benchmark, size: str, runner: Runner, seeds: int | None =
         plan[label] = [full.but(seed=seed, subject=subject) for seed in numbers]
     results = run(plan, runner)
     if benchmark.claim == "changed algorithm":
-        cost = ledger(results[next(iter(benchmark.variants))])
+        cost = normalized_cost(results[next(iter(benchmark.variants))])
         if cost is not None:
             control = full.but(shape=dict(benchmark.smaller.get(size, at.smaller[0])))
             results |= run(matched(full, control, cost, at, numbers, results, runner), runner)
@@ -100,12 +100,12 @@ def matched(
     full: Run, smaller: Run, cost: float, at: Any, numbers: range, results: Mapping[str, list[Any]], runner: Runner
 ) -> dict[str, list[Run]]:
     """The baseline, and a smaller model at its own learning rate, for as many steps as come to ``cost``."""
-    per_step = ledger(results["baseline"]) / at.steps
+    per_step = normalized_cost(results["baseline"]) / at.steps
     plain = full.but(steps=whole(cost / per_step, at.evaluations))
     (pilot,) = runner([smaller.but(steps=whole(at.steps / 6, at.evaluations), lr=full.lr)])
     if pilot["status"] != "ok":
         raise EkeError(f"the smaller control model cannot be trained: {pilot['error']}")
-    steps = whole(cost / (pilot["accounts"]["ledger"] / pilot["accounts"]["steps"]), at.evaluations)
+    steps = whole(cost / (pilot["costs"]["normalized_cost"] / pilot["costs"]["steps"]), at.evaluations)
     smaller = smaller.but(steps=steps)
     smaller = smaller.but(lr=tune(smaller, at.lrs, runner))
     return {
@@ -143,9 +143,9 @@ def quality(result: Mapping[str, Any]) -> float:
     return -value if workload.higher_is_better else value
 
 
-def ledger(results: list[Mapping[str, Any]]) -> float | None:
+def normalized_cost(results: list[Mapping[str, Any]]) -> float | None:
     """Median cost in reference steps, of the runs that came to an end."""
-    costs = [one["accounts"]["ledger"] for one in results if one["status"] == "ok"]
+    costs = [one["costs"]["normalized_cost"] for one in results if one["status"] == "ok"]
     return statistics.median(costs) if costs else None
 
 

@@ -95,7 +95,7 @@ def train(run: Run) -> dict[str, Any]:
 
 @cache
 def _probe(workload: str, size: str, device: str) -> Callable[[], None]:
-    """One step of the reference model on a batch that stays; the yardstick of the ledger."""
+    """One step of the reference model on a batch that stays; the unit of the normalized cost."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device == "cuda" else []):
         torch.manual_seed(0)
         made = load_workload(workload, size)
@@ -137,10 +137,11 @@ def describe(run: Run) -> str:
 def _outcome(result: dict[str, Any]) -> str:
     if result["status"] != "ok":
         return f"{result['status']}: {result['error']}"
-    accounts = result["accounts"]
+    costs = result["costs"]
     measures = ", ".join(f"{name} {value:.4f}" for name, value in result["final"].items())
-    ledger = "no ledger" if accounts["ledger"] is None else f"{accounts['ledger']:.1f} reference steps"
-    return f"{measures}; {accounts['cpu_s']:.1f} s CPU, {ledger}"
+    cost = costs["normalized_cost"]
+    steps = "no normalized cost" if cost is None else f"{cost:.1f} reference steps"
+    return f"{measures}; {costs['cpu_s']:.1f} s CPU, {steps}"
 
 
 @contextmanager

@@ -47,7 +47,7 @@ class Timing:
         try:
             functions = self.build(size)
             rounds = 4 if size == "smoke" else self.rounds
-            rows = interleaved(functions, rounds, _on_the_card if size == "gpu" else process_time)
+            rows = interleaved(functions, rounds, _on_the_gpu if size == "gpu" else process_time)
             for label, function in functions.items():
                 rows[label]["facts"] = self.facts(label, function, size)
         finally:
@@ -77,7 +77,7 @@ def grid(summary: Mapping[str, Any]) -> list[list[str]]:
     lines = [[summary["title"], "ms", "ratio", "95 %", *facts]]
     for label, row in rows.items():
         value, low, high = row["ratio"]
-        mark = "" if row["told_apart"] or label == next(iter(rows)) else "~"
+        mark = "" if row["significant"] or label == next(iter(rows)) else "~"
         own = [_shown(row.get("facts", {}).get(name)) for name in facts]
         lines.append([label, f"{1e3 * row['seconds']:.3g}", f"{mark}{value:.2f}", f"{low:.2f}-{high:.2f}", *own])
     return lines
@@ -87,6 +87,6 @@ def _shown(value: Any) -> str:
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _on_the_card() -> float:
+def _on_the_gpu() -> float:
     torch.cuda.synchronize()
     return perf_counter()

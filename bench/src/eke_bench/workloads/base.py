@@ -45,7 +45,7 @@ class Workload:
         metric: Which logged value decides; ``"val_loss"`` or ``"val_accuracy"``.
         unit: Of the metric, for people.
         higher_is_better: For the metric.
-        sizes: ``"smoke"`` takes seconds, ``"cpu"`` about a minute a run on one thread, ``"gpu"`` minutes on one card.
+        sizes: ``"smoke"`` takes seconds, ``"cpu"`` about a minute a run on one thread, ``"gpu"`` minutes on one GPU.
     """
 
     name: ClassVar[str]
