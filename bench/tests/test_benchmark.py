@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from eke import EkeError
@@ -98,7 +99,7 @@ def test_a_comparison_holds_every_run_that_fairness_asks_for():
         == rows["quick"]["normalized_cost"]
         == 12
     )
-    assert rows["smaller, same cost"]["shape"] == dict(SIZE.smaller[0])
+    assert rows["smaller, same cost"]["shape"] == dict(SIZE.smaller)
 
 
 def test_every_run_has_the_tuned_learning_rate_and_the_same_seeds():
@@ -197,6 +198,63 @@ def test_the_terminals_tables_hold_a_row_a_run_and_fit_into_eighty_columns(capsy
     assert max(map(len, text.splitlines())) <= 80
     for label in ("baseline", "A/A", "quick", "plain, same cost", "smaller, same cost"):
         assert text.count(f"\n {label} ") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "smaller"),
+    [
+        ({}, SIZE.shape, SIZE.smaller),
+        ({"shape": "deep"}, SIZE.deep, {**SIZE.deep, "blocks": SIZE.deep["blocks"] // 2}),
+        ({"shape": "deep", "smaller": "reference"}, SIZE.deep, SIZE.smaller),
+        ({"shape": {"smoke": {"blocks": 6, "width": 32}}}, {"blocks": 6, "width": 32}, SIZE.smaller),
+        ({"shape": {"gpu": {"blocks": 6, "width": 32}}}, SIZE.shape, SIZE.smaller),
+    ],
+)
+def test_the_model_and_its_control_have_the_shapes_that_are_asked_for(options, shape, smaller):
+    rows = conclude(Imagined(), **options)
+    assert rows["rows"]["quick"]["shape"] == dict(shape)
+    assert rows["rows"]["smaller, same cost"]["shape"] == dict(smaller)
+    assert rows["fixed_architecture"] == (dict(shape) != dict(SIZE.shape))
+
+
+def test_a_workload_without_a_deep_model_says_so():
+    with pytest.raises(ValueError, match="finetune has no deep model. Give shape="):
+        Benchmark("quick", {"quick": {}}, "finetune", shape="deep").shapes("smoke")
+
+
+def test_what_runs_need_is_made_in_the_scripts_folder_before_the_first_and_not_to_show_results(tmp_path):
+    seen, here = [], Path.cwd()
+
+    class Watching(Imagined):
+        def __call__(self, runs):
+            seen.append(("run", Path.cwd()))
+            return super().__call__(runs)
+
+    def prepare(size):
+        seen.append((size, Path.cwd()))
+
+    one = Benchmark("quick", {"quick": {"quick": {}}}, prepare=prepare, folder=tmp_path)
+    runner = Watching()
+    benchmark.measure(one, "smoke", runner, 1)
+    assert seen[:2] == [("smoke", tmp_path), ("run", tmp_path)]
+    assert Path.cwd() == here
+    seen.clear()
+    runner.train = False
+    benchmark.measure(one, "smoke", runner, 1)
+    assert {what for what, _ in seen} == {"run"}
+
+
+@pytest.mark.parametrize(("step", "said"), [(1.0, "no significant difference in time or"), (1.3, "1.30 of its")])
+def test_memory_that_is_not_known_is_said_to_be(step, said):
+    class Uncounted(Imagined):
+        def result(self, run):
+            found = super().result(run)
+            found["costs"]["memory"] = None
+            return found
+
+    verdict = conclude(Uncounted(step=step), claim="less memory")["verdict"]
+    assert "memory not known" in verdict
+    assert said in verdict
 
 
 def test_a_ladder_adds_one_technique_at_a_time_and_leaves_each_out():

@@ -38,7 +38,7 @@ def summarize(benchmark: Benchmark, size: str, results: Mapping[str, list[Any]])
         "claim": benchmark.claim,
         "unit": workload.unit,
         "higher_is_better": workload.higher_is_better,
-        "fixed_architecture": bool(benchmark.shape.get(size)),
+        "fixed_architecture": benchmark.shapes(size)[0] != dict(workload.size.shape),
         "seeds": len(results["baseline"]),
         "aa": aa,
         "rows": rows,

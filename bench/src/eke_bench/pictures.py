@@ -115,7 +115,7 @@ def profile(summaries: Sequence[Mapping[str, Any]], path: Path) -> None:
                 costs["plain"][summary["workload"]] = 1.0
                 costs.setdefault(f"{summary['name']}: {label}", {})[summary["workload"]] = row["cost_at_quality"][0]
     taus = [1 + 0.02 * step for step in range(151)]
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(11, max(5, 0.2 * len(costs))), layout="constrained")
     for method, shares in performance_profile(costs, taus).items():
         area = statistics.fmean(shares)
         axes.step(taus, shares, where="post", label=f"{method} ({area:.2f})")
@@ -123,7 +123,7 @@ def profile(summaries: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.set_ylabel("share of workloads")
     axes.set_ylim(-0.02, 1.02)
     axes.set_title("Performance profile; mean height in brackets")
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="x-small")  # beside the curves: there may be many
     _save(figure, path)
 
 

@@ -46,7 +46,12 @@ def show_timing(summary: Mapping[str, Any], console: Console | None = None) -> N
 
 def markdown(summary: Mapping[str, Any], columns: Sequence[str] = (*VERDICTS, *COSTS[:3])) -> str:
     """The table for a README."""
-    head, *rows = timing.grid(summary) if "timing" in summary else grid(summary, columns)
+    return grid_markdown(timing.grid(summary) if "timing" in summary else grid(summary, columns))
+
+
+def grid_markdown(grid: Sequence[Sequence[str]]) -> str:
+    """Rows of text, header first."""
+    head, *rows = grid
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
 
 
