@@ -198,7 +198,7 @@ _ATTENTION = {
 def ceilings(device: str | torch.device = "cpu", seconds: float = 1.0) -> dict[str, dict[str, float]]:
     """What this machine can do at best, now: the yardstick of a utilization.
 
-    Square matrix products in float32 and bfloat16 (n = 1024 on a CPU, 8192 on a card), and a copy of 256 MiB (1 GiB),
+    Square matrix products in float32 and bfloat16 (n = 1024 on a CPU, 8192 on a GPU), and a copy of 256 MiB (1 GiB),
     each repeated for ``seconds``.
 
     Args:
@@ -213,7 +213,7 @@ def ceilings(device: str | torch.device = "cpu", seconds: float = 1.0) -> dict[s
     side = 1024 if device.type == "cpu" else 8192
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.randn(2, side, side, device=device).to(dtype)  # zeros would run faster on a card
+        a, b = torch.randn(2, side, side, device=device).to(dtype)  # zeros would run faster on a GPU
         found[str(dtype).removeprefix("torch.")] = _rate(partial(torch.mm, a, b), 2 * side**3, device, seconds)
     source = torch.randn((64 if device.type == "cpu" else 256) * 2**20, device=device)
     target = torch.empty_like(source)
