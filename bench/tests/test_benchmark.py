@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from eke import EkeError
@@ -41,9 +42,9 @@ class Imagined(Runner):
             loss, cost = loss - self.gain, cost * self.step
         if run.shape["blocks"] == 1:
             loss -= self.smaller
-        accounts = {
+        costs = {
             "steps": run.steps,
-            "ledger": cost * run.steps * (1.003 if run.again or run.seed >= 100 else 1.0),
+            "normalized_cost": cost * run.steps * (1.003 if run.again or run.seed >= 100 else 1.0),
             "wall_s": run.steps * 0.1,
             "cpu_s": run.steps * 0.1,
             "flops": None,
@@ -51,7 +52,7 @@ class Imagined(Runner):
             "first_step_s": 0.1,
             "memory": {"total": 2**20},
         }
-        return record(run, {"final": {"val_loss": loss}, "accounts": accounts})
+        return record(run, {"final": {"val_loss": loss}, "costs": costs})
 
 
 def conclude(runner, claim="changed algorithm", seeds=3, **options):
@@ -92,8 +93,13 @@ def test_a_comparison_holds_every_run_that_fairness_asks_for():
     ]
     assert {row["runs"] for row in rows.values()} == {3}
     assert (rows["baseline"]["steps"], rows["baseline, 1/2"]["steps"], rows["baseline, 1/3"]["steps"]) == (24, 12, 8)
-    assert rows["plain, same cost"]["ledger"] == rows["smaller, same cost"]["ledger"] == rows["quick"]["ledger"] == 12
-    assert rows["smaller, same cost"]["shape"] == dict(SIZE.smaller[0])
+    assert (
+        rows["plain, same cost"]["normalized_cost"]
+        == rows["smaller, same cost"]["normalized_cost"]
+        == rows["quick"]["normalized_cost"]
+        == 12
+    )
+    assert rows["smaller, same cost"]["shape"] == dict(SIZE.smaller)
 
 
 def test_every_run_has_the_tuned_learning_rate_and_the_same_seeds():
@@ -130,9 +136,9 @@ def test_a_technique_that_only_costs_does_not_pay():
     assert conclude(Imagined(gain=-0.3)).get("verdict") == "does not pay: the plain model is better for the same cost"
 
 
-def test_a_gain_within_the_noise_is_not_told_apart():
+def test_a_gain_within_the_noise_is_no_significant_difference():
     found = conclude(Imagined(gain=0.005, noise=0.1))
-    assert found["verdict"].startswith("not told apart")
+    assert found["verdict"].startswith("no significant difference at equal compute")
     assert tables._gain(found["rows"]["quick"]).startswith("~")
 
 
@@ -168,7 +174,7 @@ def test_a_claim_of_the_same_mathematics_that_is_wrong_is_said_to_be():
 
 @pytest.mark.parametrize(
     ("gain", "said"),
-    [(0.0, "quality not told apart"), (-0.3, "quality worse by 0.300"), (0.3, "quality better by 0.300")],
+    [(0.0, "no significant difference in quality"), (-0.3, "quality worse by 0.300"), (0.3, "quality better by 0.300")],
 )
 def test_a_claim_of_less_memory_is_memory_time_and_quality(gain, said):
     found = conclude(Imagined(gain=gain, step=1.3, noise=0.0 if gain else 0.01), claim="less memory")
@@ -176,9 +182,9 @@ def test_a_claim_of_less_memory_is_memory_time_and_quality(gain, said):
     assert found["verdict"] == f"a step takes 1.00 of the peak memory and 1.30 of its time; {said}"
 
 
-def test_two_in_a_hundred_are_never_told_apart():
+def test_two_in_a_hundred_are_never_significant():
     found = conclude(Imagined(step=0.985), claim="same mathematics")
-    assert found["verdict"] == "same losses; cost of a step not told apart"
+    assert found["verdict"] == "same losses; no significant difference in the cost of a step"
 
 
 def test_summaries_are_plain_data():
@@ -192,6 +198,63 @@ def test_the_terminals_tables_hold_a_row_a_run_and_fit_into_eighty_columns(capsy
     assert max(map(len, text.splitlines())) <= 80
     for label in ("baseline", "A/A", "quick", "plain, same cost", "smaller, same cost"):
         assert text.count(f"\n {label} ") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "smaller"),
+    [
+        ({}, SIZE.shape, SIZE.smaller),
+        ({"shape": "deep"}, SIZE.deep, {**SIZE.deep, "blocks": SIZE.deep["blocks"] // 2}),
+        ({"shape": "deep", "smaller": "reference"}, SIZE.deep, SIZE.smaller),
+        ({"shape": {"smoke": {"blocks": 6, "width": 32}}}, {"blocks": 6, "width": 32}, SIZE.smaller),
+        ({"shape": {"gpu": {"blocks": 6, "width": 32}}}, SIZE.shape, SIZE.smaller),
+    ],
+)
+def test_the_model_and_its_control_have_the_shapes_that_are_asked_for(options, shape, smaller):
+    rows = conclude(Imagined(), **options)
+    assert rows["rows"]["quick"]["shape"] == dict(shape)
+    assert rows["rows"]["smaller, same cost"]["shape"] == dict(smaller)
+    assert rows["fixed_architecture"] == (dict(shape) != dict(SIZE.shape))
+
+
+def test_a_workload_without_a_deep_model_says_so():
+    with pytest.raises(ValueError, match="finetune has no deep model. Give shape="):
+        Benchmark("quick", {"quick": {}}, "finetune", shape="deep").shapes("smoke")
+
+
+def test_what_runs_need_is_made_in_the_scripts_folder_before_the_first_and_not_to_show_results(tmp_path):
+    seen, here = [], Path.cwd()
+
+    class Watching(Imagined):
+        def __call__(self, runs):
+            seen.append(("run", Path.cwd()))
+            return super().__call__(runs)
+
+    def prepare(size):
+        seen.append((size, Path.cwd()))
+
+    one = Benchmark("quick", {"quick": {"quick": {}}}, prepare=prepare, folder=tmp_path)
+    runner = Watching()
+    benchmark.measure(one, "smoke", runner, 1)
+    assert seen[:2] == [("smoke", tmp_path), ("run", tmp_path)]
+    assert Path.cwd() == here
+    seen.clear()
+    runner.train = False
+    benchmark.measure(one, "smoke", runner, 1)
+    assert {what for what, _ in seen} == {"run"}
+
+
+@pytest.mark.parametrize(("step", "said"), [(1.0, "no significant difference in time or"), (1.3, "1.30 of its")])
+def test_memory_that_is_not_known_is_said_to_be(step, said):
+    class Uncounted(Imagined):
+        def result(self, run):
+            found = super().result(run)
+            found["costs"]["memory"] = None
+            return found
+
+    verdict = conclude(Uncounted(step=step), claim="less memory")["verdict"]
+    assert "memory not known" in verdict
+    assert said in verdict
 
 
 def test_a_ladder_adds_one_technique_at_a_time_and_leaves_each_out():
@@ -234,4 +297,4 @@ def test_rounding_that_grows_is_told_from_other_mathematics():
             return found
 
     found = conclude(Rounds(noise=0.05), claim="same mathematics")
-    assert found["verdict"].startswith("losses apart by up to 0.003, as rounding grows, and not told apart")
+    assert found["verdict"].startswith("losses apart by up to 0.003, as rounding grows; no significant difference")

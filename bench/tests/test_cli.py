@@ -1,6 +1,7 @@
 """The command, from training to the picture, at the size that takes seconds."""
 
 import json
+from pathlib import Path
 
 import pytest
 from eke_bench import Benchmark, cli, runner
@@ -35,8 +36,8 @@ def test_half_depth_for_half_of_the_run_is_in_the_flops(measured):
     grown = next(one for one in records if one["run"]["recipe"])
     half, full = grown["kinds"]["1 of 2 blocks, 4x33"], grown["kinds"]["2 of 2 blocks, 4x33"]
     assert half["steps"] == full["steps"] == 12
-    assert full["flops"] == plain["accounts"]["flops"] / 24
-    assert grown["accounts"]["flops"] == 12 * (half["flops"] + full["flops"])
+    assert full["flops"] == plain["costs"]["flops"] / 24
+    assert grown["costs"]["flops"] == 12 * (half["flops"] + full["flops"])
     # 4 windows of 32 bytes, one block less: 12 width^2 weights and its attention
     assert full["flops"] - half["flops"] == 4 * 32 * (6 * 12 * 32**2 + 12 * 32 * 32)
 
@@ -78,7 +79,10 @@ def test_the_list_names_workloads_and_subjects(capsys):
     [
         (["stacking", "--workload", "nothing"], "no workload 'nothing'. There are: gpt"),
         (["stacking", "--size", "huge"], "gpt has no size 'huge'. It has: smoke, cpu, gpu."),
-        (["stacking", "--shape", "deep"], "--shape deep is no shape. Give name=number"),
+        (
+            ["stacking", "--shape", "tall"],
+            "--shape tall is no shape. Give name=number, as in blocks=8 width=64, or deep.",
+        ),
         (["stacking", "--ladder"], "a ladder needs two techniques or more"),
         (["stacking:stages=[0.5]", "--jobs", "0"], "jobs=0 runs nothing. Give 1 or more."),
         (["stacking:height=3"], "unexpected keyword argument 'height'"),
@@ -114,6 +118,21 @@ def test_two_jobs_come_to_the_results_of_one(tmp_path):
     one = Runner(str(tmp_path / "one"), say=lambda text: None)(runs)
     two = Runner(str(tmp_path / "two"), jobs=2, say=lambda text: None)(runs)
     assert [result["final"] for result in one] == [result["final"] for result in two]
+
+
+def test_a_failure_names_files_by_their_package_and_not_by_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    here = Path(runner.__file__).parents[1]
+
+    class Failing:
+        def fit(self, run, workload, meter):
+            raise RuntimeError(f"see {here}/eke_bench/runner.py, {Path.cwd()}/notes.txt and {Path.home()}/data")
+
+    monkeypatch.setattr(runner, "load_subject", lambda name: Failing())
+    failed = runner.train(Run("gpt", "smoke", {"blocks": 1, "width": 32}, 4, 8e-3))
+    assert failed["error"] == "RuntimeError: see eke_bench/runner.py, notes.txt and data"
+    assert 'File "eke_bench/runner.py", line' in failed["trace"]
+    assert str(here) not in failed["trace"]
 
 
 def test_one_runs_failure_is_stored_and_hinders_no_other(tmp_path):

@@ -1,4 +1,4 @@
-"""The accounts of a run, on a clock that the test moves by hand."""
+"""What a run costs, on a clock that the test moves by hand."""
 
 import pytest
 import torch
@@ -39,8 +39,8 @@ def test_wall_and_cpu_hold_every_step_and_neither_probes_nor_pauses(machine):
         machine.work(100.0)
         one.resume()
     one.stop()
-    accounts = one.result()["accounts"]
-    assert (accounts["steps"], accounts["wall_s"], accounts["cpu_s"]) == (8, pytest.approx(24.0), pytest.approx(24.0))
+    costs = one.result()["costs"]
+    assert (costs["steps"], costs["wall_s"], costs["cpu_s"]) == (8, pytest.approx(24.0), pytest.approx(24.0))
 
 
 def test_what_happens_between_steps_is_charged_to_the_next_one(machine):
@@ -51,20 +51,20 @@ def test_what_happens_between_steps_is_charged_to_the_next_one(machine):
         machine.work(3.0)
         one.step()
     one.stop()
-    assert one.result()["accounts"]["wall_s"] == pytest.approx(32.0)
+    assert one.result()["costs"]["wall_s"] == pytest.approx(32.0)
 
 
-def test_the_ledger_is_cost_in_steps_of_the_reference(machine):
+def test_the_normalized_cost_is_in_steps_of_the_reference(machine):
     one = meter(machine)
     one.start()
     for _ in range(8):
         machine.work(3.0)
         one.step()
     one.stop()
-    assert one.result()["accounts"]["ledger"] == pytest.approx(8 * 3 / 2)
+    assert one.result()["costs"]["normalized_cost"] == pytest.approx(8 * 3 / 2)
 
 
-def test_a_neighbour_who_slows_the_machine_down_does_not_enter_the_ledger(machine):
+def test_a_neighbour_who_slows_the_machine_down_does_not_enter_the_normalized_cost(machine):
     one = meter(machine, every=1)
     one.start()
     for number in range(40):
@@ -72,9 +72,9 @@ def test_a_neighbour_who_slows_the_machine_down_does_not_enter_the_ledger(machin
         machine.work(3.0)
         one.step()
     one.stop()
-    accounts = one.result()["accounts"]
-    assert accounts["cpu_s"] > 1.15 * 40 * 3
-    assert accounts["ledger"] == pytest.approx(40 * 3 / 2, rel=0.01)
+    costs = one.result()["costs"]
+    assert costs["cpu_s"] > 1.15 * 40 * 3
+    assert costs["normalized_cost"] == pytest.approx(40 * 3 / 2, rel=0.01)
 
 
 def test_each_kind_of_step_is_charged_its_own_cost_and_one_slow_window_changes_nothing(machine):
@@ -87,9 +87,9 @@ def test_each_kind_of_step_is_charged_its_own_cost_and_one_slow_window_changes_n
         one.step("short" if short else "long")
     one.stop()
     result = one.result()
-    assert result["kinds"]["short"]["ledger"] == pytest.approx(0.5)
-    assert result["kinds"]["long"]["ledger"] == pytest.approx(2.0)
-    assert result["accounts"]["ledger"] == pytest.approx(20 * 0.5 + 20 * 2.0)
+    assert result["kinds"]["short"]["normalized_cost"] == pytest.approx(0.5)
+    assert result["kinds"]["long"]["normalized_cost"] == pytest.approx(2.0)
+    assert result["costs"]["normalized_cost"] == pytest.approx(20 * 0.5 + 20 * 2.0)
 
 
 def test_the_first_step_is_reported_apart(machine):
@@ -101,9 +101,9 @@ def test_the_first_step_is_reported_apart(machine):
         machine.work(3.0)
         one.step()
     one.stop()
-    accounts = one.result()["accounts"]
-    assert accounts["first_step_s"] == pytest.approx(60.0)
-    assert accounts["wall_s"] == pytest.approx(24.0)
+    costs = one.result()["costs"]
+    assert costs["first_step_s"] == pytest.approx(60.0)
+    assert costs["wall_s"] == pytest.approx(24.0)
 
 
 def test_the_curve_has_cost_and_quality_at_each_evaluation(machine):
@@ -118,8 +118,8 @@ def test_the_curve_has_cost_and_quality_at_each_evaluation(machine):
             one.resume()
     one.stop()
     first, last = one.result()["curve"]
-    assert (first["step"], first["val_loss"], first["ledger"]) == (4, 5.0, pytest.approx(6.0))
-    assert (last["step"], last["val_loss"], last["ledger"]) == (8, 1.0, pytest.approx(12.0))
+    assert (first["step"], first["val_loss"], first["normalized_cost"]) == (4, 5.0, pytest.approx(6.0))
+    assert (last["step"], last["val_loss"], last["normalized_cost"]) == (8, 1.0, pytest.approx(12.0))
 
 
 def counted_run(kinds):
@@ -151,13 +151,13 @@ def test_flops_are_counted_once_a_kind_and_charged_for_every_step():
     full, part = 2 * 2 * 8 * 16 * 4, 2 * 2 * 2 * 16 * 4  # forward and the gradient of the weight
     assert result["kinds"]["full"]["flops"] == full
     assert result["kinds"]["part"]["flops"] == part
-    assert result["accounts"]["flops"] == 3 * full + 5 * part
+    assert result["costs"]["flops"] == 3 * full + 5 * part
 
 
 def test_memory_is_that_of_the_dearest_kind():
     result, layer = counted_run(["full"] * 3 + ["part"] * 5)
-    assert result["accounts"]["memory"] == result["kinds"]["full"]["memory"]
-    assert result["accounts"]["memory"]["parameters"] == layer.weight.nbytes
+    assert result["costs"]["memory"] == result["kinds"]["full"]["memory"]
+    assert result["costs"]["memory"]["parameters"] == layer.weight.nbytes
 
 
 def test_counting_changes_no_weight():
@@ -179,7 +179,7 @@ def test_a_kind_that_came_once_and_was_not_timed_counts_as_the_mean_of_the_other
         machine.work(3.0)
         one.step("first" if number == 0 else "later")
     one.stop()
-    assert one.result()["accounts"]["ledger"] == pytest.approx(9 * 3 / 2)
+    assert one.result()["costs"]["normalized_cost"] == pytest.approx(9 * 3 / 2)
 
 
 def test_kinds_that_came_often_and_were_not_counted_leave_a_hole():
@@ -192,5 +192,5 @@ def test_a_kind_that_was_never_counted_leaves_a_hole_and_no_number():
     one.start()
     one.step("a")
     one.stop()
-    assert one.result()["accounts"]["flops"] is None
-    assert one.result()["accounts"]["memory"] is None
+    assert one.result()["costs"]["flops"] is None
+    assert one.result()["costs"]["memory"] is None

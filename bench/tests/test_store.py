@@ -72,7 +72,7 @@ def test_a_spoilt_line_in_the_middle_is_named(tmp_path):
     store.append(made())
     lines = store.path.read_text()
     store.path.write_text("no json\n" + lines)
-    with pytest.raises(EkeError, match=r"gpt-smoke\.jsonl, line 1 is no result of eke-bench/1"):
+    with pytest.raises(EkeError, match=r"gpt-smoke\.jsonl, line 1 is no result of eke-bench/2"):
         store.records()
 
 

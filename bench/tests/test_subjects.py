@@ -20,7 +20,7 @@ def results():
 def test_a_subject_trains_and_tells_the_meter_of_every_step_and_evaluation(name, results):
     result = results[name]
     assert result["status"] == "ok", result.get("trace")
-    assert result["accounts"]["steps"] == RUN.steps
+    assert result["costs"]["steps"] == RUN.steps
     assert [point["step"] for point in result["curve"]] == [12, 24]
     assert result["curve"][-1]["val_loss"] == pytest.approx(result["final"]["val_loss"], rel=1e-6)
 
@@ -49,20 +49,20 @@ def test_deepspeed_comes_to_the_loss_of_the_loop_by_hand(results):
 
 @pytest.mark.parametrize("name", [name for name in HERE if name != "peft"])
 def test_the_same_step_has_the_same_flops(name, results):
-    assert results[name]["accounts"]["flops"] == results["hand"]["accounts"]["flops"]
+    assert results[name]["costs"]["flops"] == results["hand"]["costs"]["flops"]
 
 
 def test_eight_bits_are_eight_bits(results):
     if "bitsandbytes" not in results:
         pytest.skip(f"bitsandbytes: {subjects.missing('bitsandbytes')}")
-    states = {name: results[name]["accounts"]["memory"]["optimizer"] for name in ("hand", "bitsandbytes")}
+    states = {name: results[name]["costs"]["memory"]["optimizer"] for name in ("hand", "bitsandbytes")}
     assert states["bitsandbytes"] < 0.5 * states["hand"]
 
 
 def test_lora_trains_little_and_skips_the_gradients_of_what_is_frozen(results):
     if "peft" not in results:
         pytest.skip(f"peft: {subjects.missing('peft')}")
-    assert results["peft"]["accounts"]["flops"] < 0.8 * results["hand"]["accounts"]["flops"]
+    assert results["peft"]["costs"]["flops"] < 0.8 * results["hand"]["costs"]["flops"]
     assert results["peft"]["final"]["val_loss"] > results["hand"]["final"]["val_loss"]  # a frozen random start
 
 

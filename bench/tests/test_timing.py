@@ -33,6 +33,17 @@ def test_facts_and_headline_are_those_of_the_author():
     assert again[-1] == "-"  # the control is the first one again
 
 
+def test_a_headline_is_a_text_with_the_ratio_of_each_function():
+    summary = timing(headline="{0:.0f} and {1:.1f}").measure("smoke")
+    assert summary["headline"] == f"1 and {summary['timing']['nothing']['ratio'][0]:.1f}"
+
+
+def test_nothing_to_time_is_said_and_no_traceback(tmp_path, capsys):
+    one = Timing("quick", "One Product", lambda size: {})
+    assert cli.main_of(one, arguments=["--out", str(tmp_path)]) == 2
+    assert "One Product: nothing to time here." in capsys.readouterr().err
+
+
 def test_the_threads_of_torch_are_given_back():
     before = torch.get_num_threads()
     timing().measure("smoke")

@@ -55,7 +55,9 @@ def test_every_size_has_a_reference_a_cheaper_control_and_a_sweep_with_an_inside
         assert len(found.lrs) >= 3
         assert sorted(found.lrs) == list(found.lrs)
         assert found.steps % found.evaluations == 0
-        assert all(set(smaller) == set(found.shape) and dict(smaller) != dict(found.shape) for smaller in found.smaller)
+        assert set(found.smaller) == set(found.shape)
+        assert dict(found.smaller) != dict(found.shape)
+        assert found.deep is None or found.deep["blocks"] >= found.shape["blocks"]
 
 
 @ALL

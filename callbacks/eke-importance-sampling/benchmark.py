@@ -19,24 +19,13 @@ DRAWN = Benchmark(
     },
     controls={"half, as it comes": {"importance_sampling": {"keep": 0.5, "threshold": 1e9}}},
     workload="vit",
-    shape={"smoke": {"blocks": 2, "width": 32}, "cpu": {"blocks": 4, "width": 64}, "gpu": {"blocks": 6, "width": 192}},
-    smaller={
-        "smoke": {"blocks": 1, "width": 32},
-        "cpu": {"blocks": 2, "width": 64},
-        "gpu": {"blocks": 3, "width": 192},
-    },
+    shape="deep",
 )
 
 SEQUENCES = Benchmark(
     "importance_sampling",
     variants={"half, always, by the loss": {"importance_sampling": {"keep": 0.5, "by": "loss", "threshold": 0.0}}},
     controls={"half, as it comes": {"importance_sampling": {"keep": 0.5, "by": "loss", "threshold": 1e9}}},
-    shape={"smoke": {"blocks": 2, "width": 32}, "cpu": {"blocks": 2, "width": 64}, "gpu": {"blocks": 8, "width": 512}},
-    smaller={
-        "smoke": {"blocks": 1, "width": 32},
-        "cpu": {"blocks": 1, "width": 64},
-        "gpu": {"blocks": 4, "width": 512},
-    },
 )
 
 if __name__ == "__main__":

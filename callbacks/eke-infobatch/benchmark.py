@@ -11,12 +11,7 @@ CHOSEN = Benchmark(
     "infobatch",
     variants={"half": {"infobatch": {}}, "half, from epoch 8": {"infobatch": {"start": 8}}},
     workload="vit",
-    shape={"smoke": {"blocks": 2, "width": 32}, "cpu": {"blocks": 4, "width": 64}, "gpu": {"blocks": 6, "width": 192}},
-    smaller={
-        "smoke": {"blocks": 1, "width": 32},
-        "cpu": {"blocks": 2, "width": 64},
-        "gpu": {"blocks": 3, "width": 192},
-    },
+    shape="deep",
 )
 
 if __name__ == "__main__":

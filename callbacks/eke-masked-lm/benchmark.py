@@ -3,29 +3,26 @@
 python benchmark.py --size cpu --out ../../benchmarks/cpu-2core
 """
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from eke_bench import Timing, main_of
+from eke_bench.steps import device_of
 from eke_masked_lm import MaskedLM
 from eke_masked_lm.callback import _keep_hidden
 from torch.nn import functional as F
 
-SPARSE, VOCABULARY, MASK = "head on hidden positions", 30522, 103
+VOCABULARY, MASK = 30522, 103
 
 
-def steps(size: str) -> dict[str, Callable[[], Any]]:
+def steps(size):
     """Masked language modelling steps of MiniLM's size, 15 % hidden; on the CPU 8 sequences of 128 tokens."""
     try:
         import transformers as hf
     except ImportError:
         return {}
-    device = "cuda" if size == "gpu" else "cpu"
+    device = device_of(size)
     torch.manual_seed(0)
     width, layers = {"smoke": (32, 2), "cpu": (384, 6), "gpu": (384, 6)}[size]
     shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": width // 32}
@@ -33,10 +30,10 @@ def steps(size: str) -> dict[str, Callable[[], Any]]:
     model = hf.BertForMaskedLM(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     ids = torch.randint(1000, VOCABULARY, (8 if size != "gpu" else 256, 128), device=device)
-    hidden: list[torch.Tensor] = []
+    hidden = []
     model.cls.register_forward_pre_hook(partial(_keep_hidden, hidden))
 
-    def step(head: str | None) -> None:
+    def step(head):
         masking = MaskedLM(MASK, VOCABULARY, head=head)
         masking._hidden = hidden
         hidden.clear()
@@ -46,13 +43,16 @@ def steps(size: str) -> dict[str, Callable[[], Any]]:
         optimizer.step()
         optimizer.zero_grad()
 
-    return {"head on all positions": lambda: step(None), SPARSE: lambda: step("cls")}
+    return {"head on all positions": lambda: step(None), "head on hidden positions": lambda: step("cls")}
 
 
-def headline(summary: Mapping[str, Any]) -> str:
-    ratio = summary["timing"][SPARSE]["ratio"][0]
-    return f"a step of a BERT of MiniLM's size with the head on hidden positions alone takes {ratio:.2f} of its time"
-
+STEP = Timing(
+    "masked_lm",
+    "step with a sparse head",
+    steps,
+    rounds=12,
+    headline="a step of a BERT of MiniLM's size with the head on hidden positions alone takes {1:.2f} of its time",
+)
 
 if __name__ == "__main__":
-    sys.exit(main_of(Timing("masked_lm", "step with a sparse head", steps, rounds=12, headline=headline)))
+    sys.exit(main_of(STEP))

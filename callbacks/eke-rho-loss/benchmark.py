@@ -3,45 +3,38 @@
 python benchmark.py --size cpu --out ../../benchmarks/cpu-2core
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
 from eke_bench import Benchmark, main_of
+from eke_bench.training import train
 from eke_bench.workloads import load
 from eke_rho_loss import cross_scores
-from lightning.pytorch import LightningModule, Trainer, seed_everything
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
-SHAPE = {"smoke": {"blocks": 2, "width": 32}, "cpu": {"blocks": 4, "width": 64}, "gpu": {"blocks": 6, "width": 192}}
-SMALL = {"smoke": {"blocks": 1, "width": 32}, "cpu": {"blocks": 2, "width": 64}, "gpu": {"blocks": 3, "width": 192}}
 STEPS = {"smoke": 8, "cpu": 400, "gpu": 1500}
-FILE = "irreducible.npz"
+FILE = "irreducible.npz"  # beside this script
 
 
-def score(size: str) -> None:
-    """Write the losses that the runs below choose by, if they are not there. Their cost is not in the ledger."""
+def score(size):
+    """Write the losses that the runs below choose by, if they are not there. Their cost is not in the tables."""
     if Path(FILE).exists():
         return
     workload = load("vit-noisy", size)
+    _, small = CHOSEN.shapes(size)
 
-    def train(half: Subset) -> LightningModule:
-        seed_everything(100, verbose=False)
-        model = workload.model(SMALL[size], workload.size.lrs[1], STEPS[size])
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        trainer = Trainer(max_steps=STEPS[size], enable_model_summary=False, **quiet)
-        trainer.fit(model, DataLoader(half, workload.size.batch, shuffle=True, drop_last=True))
-        return model
+    def on(half):
+        loader = DataLoader(half, workload.size.batch, shuffle=True, drop_last=True)
+        return train(workload, small, workload.size.lrs[1], STEPS[size], 100, loader=loader)
 
-    cross_scores(train, workload.train_loader(0).dataset).save(FILE)
+    cross_scores(on, workload.data()[0]).save(FILE)
 
 
-def rho(keep: float, file: str = FILE) -> dict[str, dict[str, object]]:
+def rho(keep, file=FILE):
     return {"rho_loss": {"file": file, "keep": keep}}
 
 
-def pruned(mode: str) -> dict[str, dict[str, object]]:
+def pruned(mode):
     return {"data_pruning": {"file": FILE, "keep": 0.8, "mode": mode}}
 
 
@@ -58,11 +51,10 @@ CHOSEN = Benchmark(
         "pruned to random 0.8": pruned("random"),
     },
     workload="vit-noisy",
-    shape=SHAPE,
-    smaller=SMALL,
+    shape="deep",
+    prepare=score,
+    folder=Path(__file__).parent,
 )
 
 if __name__ == "__main__":
-    if "--show" not in sys.argv:
-        score(sys.argv[sys.argv.index("--size") + 1] if "--size" in sys.argv else "cpu")
     sys.exit(main_of(CHOSEN))

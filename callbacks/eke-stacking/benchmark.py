@@ -15,17 +15,7 @@ STACKING = Benchmark(
         "identity": {"stacking": {"stages": [0.3], "operator": "identity"}},
     },
     controls={"random start": {"stacking": {"stages": [0.3], "operator": "random"}}},
-    # Growth is for models whose depth is given: at the reference depth there is little to grow to.
-    shape={
-        "smoke": {"blocks": 4, "width": 32},
-        "cpu": {"blocks": 4, "width": 64},
-        "gpu": {"blocks": 24, "width": 512},
-    },
-    smaller={
-        "smoke": {"blocks": 2, "width": 32},
-        "cpu": {"blocks": 2, "width": 64},
-        "gpu": {"blocks": 12, "width": 512},
-    },
+    shape="deep",  # growth is for models whose depth is given: at the reference depth there is little to grow to
 )
 
 if __name__ == "__main__":

@@ -3,53 +3,36 @@
 python benchmark.py --size cpu --out ../../benchmarks/cpu-2core
 """
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any
 
-import torch
-from eke.seams import interceptor
 from eke_bench import Benchmark, Timing, main_of
-from eke_bench.workloads.vit import ConvViT, digits
+from eke_bench.steps import intercepted, untouched, vision_model
 from eke_token_merge import TokenMerge
 from eke_token_merge.callback import Merge
 
-MOST = "24 joined a block"
 
-
-def steps(size: str) -> dict[str, Callable[[], Any]]:
+def steps(size):
     """Training steps of a Vision Transformer with 6 blocks on 196 patches of real images, some joined in each block."""
-    device = "cuda" if size == "gpu" else "cpu"
-    torch.manual_seed(0)
-    model = ConvViT(6, {"smoke": 32, "cpu": 128, "gpu": 768}[size], patch=2, lr=1e-4, steps=10**9).to(device)
-    optimizer = model.configure_optimizers()["optimizer"]
-    images, classes, _, _ = digits()
-    batch = images[: 16 if size != "gpu" else 256].to(device), classes[: 16 if size != "gpu" else 256].to(device)
-    interceptor.attach(model.blocks, "benchmark")
 
-    def step(count: int, proportional: bool = True) -> None:
+    def join(count, proportional=True):
         technique = TokenMerge(count, prefix=1, proportional=proportional)
-        for number, block in enumerate(model.blocks):
-            interceptor.put(block, "benchmark", *([Merge(technique, block, number == 0)] if count else []))
-        model.loss(batch).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        return lambda number, block: [Merge(technique, block, number == 0)]
 
-    return {
-        "no patch joined": lambda: step(0),
-        "12 joined a block": lambda: step(12),
-        MOST: lambda: step(24),
-        "24, not weighed by size": lambda: step(24, proportional=False),
+    ways = {
+        "no patch joined": untouched,
+        "12 joined a block": join(12),
+        "24 joined a block": join(24),
+        "24, not weighed by size": join(24, proportional=False),
     }
+    return intercepted(*vision_model(size), ways)
 
 
-def headline(summary: Mapping[str, Any]) -> str:
-    ratio = summary["timing"][MOST]["ratio"][0]
-    return f"a step of a 6-block ViT that joins 24 of 196 patches a block takes {ratio:.2f} of its time"
-
-
+STEP = Timing(
+    "token_merge",
+    "step with joined patches",
+    steps,
+    headline="a step of a 6-block ViT that joins 24 of 196 patches a block takes {2:.2f} of its time",
+)
 MERGE = Benchmark(
     "token_merge",
     variants={
@@ -60,4 +43,4 @@ MERGE = Benchmark(
 )
 
 if __name__ == "__main__":
-    sys.exit(main_of(Timing("token_merge", "step with joined patches", steps, headline=headline), MERGE))
+    sys.exit(main_of(STEP, MERGE))

@@ -1,4 +1,4 @@
-"""Which samples an epoch sees: dealt out once each, in the loader's own order, whatever the number of processes."""
+"""Which samples an epoch sees: distributed once each, in the loader's own order, whatever the number of processes."""
 
 from types import SimpleNamespace
 

@@ -1,6 +1,6 @@
 """A Llama-shaped decoder of 6.7 billion parameters and a batch of one sample, for a forecast of its memory.
 
-eke forecast llama7b.py:build zero:stage=3,compute_dtype=bfloat16 --ranks 64 --card 16GiB --png llama7b.png
+eke forecast llama7b.py:build zero:stage=3,compute_dtype=bfloat16 --ranks 64 --gpu-memory 16GiB --png llama7b.png
 """
 
 import torch

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from eke_bench.benchmark import Benchmark, ledger, quality
+from eke_bench.benchmark import Benchmark, normalized_cost, quality
 from eke_bench.stats import cost_of_quality, counted, paired_mean, quality_at_cost
 from eke_bench.workloads import load
 
@@ -19,7 +19,7 @@ def summarize(benchmark: Benchmark, size: str, results: Mapping[str, list[Any]])
     """Everything that tables, pictures and headlines show, as plain data.
 
     Returns:
-        ``rows``, one for each label, with medians over seeds; ``aa``, what the A/A control allows to be told apart;
+        ``rows``, one for each label, with medians over seeds; ``aa``, how far two rows of the same runs differ;
         ``verdict`` and ``headline`` for the first variant.
     """
     workload = load(benchmark.workload, size)
@@ -38,7 +38,7 @@ def summarize(benchmark: Benchmark, size: str, results: Mapping[str, list[Any]])
         "claim": benchmark.claim,
         "unit": workload.unit,
         "higher_is_better": workload.higher_is_better,
-        "fixed_architecture": bool(benchmark.shape.get(size)),
+        "fixed_architecture": benchmark.shapes(size)[0] != dict(workload.size.shape),
         "seeds": len(results["baseline"]),
         "aa": aa,
         "rows": rows,
@@ -59,8 +59,8 @@ def _row(label: str, benchmark: Benchmark, runs: list[Any]) -> dict[str, Any]:
     if len(good) < len(runs):
         bad = next(one for one in runs if one["status"] != "ok")
         return {**row, "status": bad["status"], "error": bad["error"]}
-    accounts = [one["accounts"] for one in good]
-    memory = accounts[0]["memory"]
+    costs = [one["costs"] for one in good]
+    memory = costs[0]["memory"]
     return {
         **row,
         "status": "ok",
@@ -69,9 +69,12 @@ def _row(label: str, benchmark: Benchmark, runs: list[Any]) -> dict[str, Any]:
         "shape": good[0]["run"]["shape"],
         "quality": [quality(one) for one in good],
         "final": {name: statistics.fmean(one["final"][name] for one in good) for name in good[0]["final"]},
-        **{name: _middle(one[name] for one in accounts) for name in ("wall_s", "cpu_s", "ledger", "flops", "energy_j")},
+        **{
+            name: _middle(one[name] for one in costs)
+            for name in ("wall_s", "cpu_s", "normalized_cost", "flops", "energy_j")
+        },
         "memory": memory,
-        "first_step_s": _middle(one["first_step_s"] for one in accounts),
+        "first_step_s": _middle(one["first_step_s"] for one in costs),
     }
 
 
@@ -113,35 +116,35 @@ def _compare(row: dict[str, Any], runs: list[Any], results: Mapping[str, list[An
     ]
     if steps:
         row["step_ratio"] = [statistics.median(steps), min(steps), max(steps)]
-        # A control of a few pairs may look quieter than the machine is: no less than two in a hundred is told apart.
-        row["step_told_apart"] = all(abs(math.log(ratio)) > max(aa["cost_reach"], 0.02) for ratio in steps)
-    base_memory = bases[0]["accounts"]["memory"] if bases[0]["status"] == "ok" else None
+        # A control of a few pairs may look quieter than the machine is: what is below two in a hundred never counts.
+        row["step_significant"] = all(abs(math.log(ratio)) > max(aa["cost_reach"], 0.02) for ratio in steps)
+    base_memory = bases[0]["costs"]["memory"] if bases[0]["status"] == "ok" else None
     if row["memory"] and base_memory:
         row["memory_ratio"] = row["memory"]["total"] / base_memory["total"]
     row["quality_gap"] = [
         quality(one) - quality(base) for one, base in zip(runs, bases, strict=True) if base["status"] == "ok"
     ]
-    if "baseline, 1/2" not in results or row["ledger"] is None:
+    if "baseline, 1/2" not in results or row["normalized_cost"] is None:
         return
     costs, gains = [], []
-    for number, one in enumerate(runs):
+    for number, run in enumerate(runs):
         points = [results[label][number] for label in PLAIN if label in results]
-        curve = [(ledger([point]), quality(point)) for point in points if point["status"] == "ok" and ledger([point])]
+        curve = [(cost, quality(one)) for one in points if one["status"] == "ok" and (cost := normalized_cost([one]))]
         if not curve:
             continue
-        mine = one["accounts"]["ledger"]
-        needed = cost_of_quality(curve, quality(one))
+        mine = run["costs"]["normalized_cost"]
+        needed = cost_of_quality(curve, quality(run))
         costs.append([mine / needed.value, mine / needed.high if needed.high else 0.0, _over(mine, needed.low)])
         reached = quality_at_cost(curve, mine)
         if reached is not None:
-            gains.append(reached - quality(one))
+            gains.append(reached - quality(run))
     if costs:
         row["cost_at_quality"] = _middle_bound(costs)
     if gains:
         row["gain_at_cost"] = gains
         interval = paired_mean(gains)
         row["gain_interval"] = [interval.value, interval.low, interval.high]
-        row["gain_told_apart"] = 0.0 not in interval and abs(interval.value) > aa["quality_reach"]
+        row["gain_significant"] = 0.0 not in interval and abs(interval.value) > aa["quality_reach"]
 
 
 def _over(mine: float, low: float) -> float:
@@ -154,11 +157,11 @@ def _middle_bound(costs: list[list[float]]) -> list[float]:
 
 
 def _changed_verdict(row: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
-    """One of: pays; a smaller model pays more; not told apart; does not pay; not comparable."""
+    """One of: pays; a smaller model pays more; no significant difference; does not pay; not comparable."""
     if "gain_interval" not in row:
         return "not comparable: its cost lies beyond the baseline's three budgets"
-    if not row["gain_told_apart"]:
-        return "not told apart from training the plain model for as long"
+    if not row["gain_significant"]:
+        return "no significant difference at equal compute"
     if row["gain_interval"][0] < 0:
         return "does not pay: the plain model is better for the same cost"
     smaller = rows.get("smaller, same cost")
@@ -173,13 +176,24 @@ def _memory_verdict(row: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
     """Memory, and what it costs."""
     gaps = paired_mean(row["quality_gap"])
     noise = max(abs(a - b) for a, b in zip(rows["A/A"]["quality"], rows["baseline"]["quality"], strict=True))
-    if 0.0 in gaps or abs(gaps.value) <= noise:
-        said = "quality not told apart"
+    takes, same, said = [], [], []
+    if "memory_ratio" in row:
+        takes.append(f"{row['memory_ratio']:.2f} of the peak memory")
     else:
-        said = f"quality {'worse' if gaps.value > 0 else 'better'} by {abs(gaps.value):.3f}"
-    step = f"{row['step_ratio'][0]:.2f} of its time" if row.get("step_told_apart") else "time not told apart"
-    memory = f"{row['memory_ratio']:.2f} of the peak memory" if "memory_ratio" in row else "memory not known"
-    return f"a step takes {memory} and {step}; {said}"
+        said.append("memory not known")
+    if row.get("step_significant"):
+        takes.append(f"{row['step_ratio'][0]:.2f} of its time")
+    else:
+        same.append("time")
+    if 0.0 in gaps or abs(gaps.value) <= noise:
+        same.append("quality")
+    else:
+        said.append(f"quality {'worse' if gaps.value > 0 else 'better'} by {abs(gaps.value):.3f}")
+    if takes:
+        said.insert(0, f"a step takes {' and '.join(takes)}")
+    if same:
+        said.append(f"no significant difference in {' or '.join(same)}")
+    return "; ".join(said)
 
 
 def _same_verdict(row: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
@@ -191,13 +205,13 @@ def _same_verdict(row: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
     elif (
         len(base) > 1 and 0.0 in paired_mean(row["quality_gap"]) and _reach(row["quality_gap"]) < max(base) - min(base)
     ):
-        said = f"losses apart by up to {_reach(row['quality_gap']):.1g}, as rounding grows, and not told apart"
+        said = f"losses apart by up to {_reach(row['quality_gap']):.1g}, as rounding grows; no significant difference"
     else:
         said = f"not the same mathematics here: losses differ by up to {off:.1e}"
     if "step_ratio" not in row:
         return f"{said}; cost of a step not known"
-    if not row["step_told_apart"]:
-        return f"{said}; cost of a step not told apart"
+    if not row["step_significant"]:
+        return f"{said}; no significant difference in the cost of a step"
     return f"{said}; a step costs {row['step_ratio'][0]:.2f} of the plain one"
 
 
@@ -230,8 +244,8 @@ def _headline(summary: Mapping[str, Any], row: Mapping[str, Any]) -> str:
 
 
 def _per_step(result: Mapping[str, Any]) -> float | None:
-    accounts = result["accounts"] if result["status"] == "ok" else {}
-    return accounts["ledger"] / accounts["steps"] if accounts.get("ledger") else None
+    costs = result["costs"] if result["status"] == "ok" else {}
+    return costs["normalized_cost"] / costs["steps"] if costs.get("normalized_cost") else None
 
 
 def _middle(values: Any) -> float | None:

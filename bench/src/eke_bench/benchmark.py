@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from eke.spec import EkeError
@@ -30,9 +33,12 @@ class Benchmark:
             ``"same mathematics"``: losses have to be equal, and cost of a step and memory are compared.
             ``"less memory"``: memory, and what it costs in quality and in time after as many steps, are compared.
         controls: Recipes that should do worse if the idea is right, such as a random choice in place of a computed one.
-        shape: Of the model at a size, where the reference model is not what the technique is for, such as a deep one.
-            The comparison is then labelled as one of a fixed architecture.
-        smaller: Shape of the control at a size, a plain model that costs less a step. By default the workload's.
+        shape: Of the model, where the reference model is not what the technique is for: ``"deep"``, or one for each
+            size. The comparison is then labelled as one of a fixed architecture.
+        smaller: Of the control, a plain model that costs less a step: one for each size, or ``"reference"``, the
+            control of the reference model. By default half of the blocks of a deep model, else the reference's.
+        prepare: Is told the size before the first run, to make what the runs need, such as a file of scores.
+        folder: Where the runs look for files and ``prepare`` writes them: that of the script.
         subjects: Who else trains the same, by label: names of ``eke_bench.subjects``.
         baseline: Who trains the plain model that all are held against.
     """
@@ -42,8 +48,10 @@ class Benchmark:
     workload: str = "gpt"
     claim: Literal["changed algorithm", "same mathematics", "less memory"] = "changed algorithm"
     controls: Mapping[str, Recipe] = field(default_factory=dict)
-    shape: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    smaller: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    shape: Mapping[str, Mapping[str, int]] | Literal["deep"] = field(default_factory=dict)
+    smaller: Mapping[str, Mapping[str, int]] | Literal["reference"] = field(default_factory=dict)
+    prepare: Callable[[str], None] | None = None
+    folder: str | Path = "."
     subjects: Mapping[str, str] = field(default_factory=dict)
     baseline: str = "lightning"
 
@@ -53,18 +61,45 @@ class Benchmark:
         if self.claim not in CLAIMS:
             raise ValueError(f"claim={self.claim!r} is none of: {', '.join(CLAIMS)}.")
 
+    def shapes(self, size: str) -> tuple[dict[str, int], dict[str, int]]:
+        """Of the model and of the smaller control at a size.
+
+        Raises:
+            ValueError: a deep model is wanted, and the workload has none.
+        """
+        at = load(self.workload, size).size
+        shape, smaller = at.shape, at.smaller
+        if self.shape == "deep":
+            if at.deep is None:
+                raise ValueError(f"{self.workload} has no deep model. Give shape={{{size!r}: {{...}}}} in its place.")
+            shape, smaller = at.deep, {**at.deep, "blocks": at.deep["blocks"] // 2}
+        else:
+            shape = self.shape.get(size, shape)
+        if self.smaller == "reference":
+            smaller = at.smaller
+        else:
+            smaller = self.smaller.get(size, smaller)
+        return dict(shape), dict(smaller)
+
 
 def measure(benchmark: Benchmark, size: str, runner: Runner, seeds: int | None = None) -> dict[str, list[Any]]:
     """Train everything that the comparison needs, and return the results by label, one for each seed.
 
     The learning rate is tuned for the baseline, and for the smaller model, and every run's ends at its own budget.
     Labels: ``"baseline"``, ``"baseline, 1/2"``, ``"baseline, 1/3"``, ``"A/A"``, each variant, control and subject, and,
-    for a changed algorithm, ``"plain, same cost"`` (for as many steps as come to the ledger of the first variant) and
-    ``"smaller, same cost"``.
+    for a changed algorithm, ``"plain, same cost"`` (for as many steps as come to the normalized cost of the first
+    variant) and ``"smaller, same cost"``.
     """
+    with working_in(benchmark.folder):
+        if benchmark.prepare is not None and runner.train:
+            benchmark.prepare(size)
+        return _measure(benchmark, size, runner, seeds)
+
+
+def _measure(benchmark: Benchmark, size: str, runner: Runner, seeds: int | None) -> dict[str, list[Any]]:
     at = load(benchmark.workload, size).size
     numbers = range(seeds or at.seeds)
-    shape = dict(benchmark.shape.get(size, at.shape))
+    shape, smaller = benchmark.shapes(size)
     full = Run(benchmark.workload, size, shape, at.steps, 0.0, subject=benchmark.baseline)
     full = full.but(lr=tune(full, at.lrs, runner))
     plan: dict[str, list[Run]] = {"baseline": [full.but(seed=seed) for seed in numbers]}
@@ -82,10 +117,9 @@ def measure(benchmark: Benchmark, size: str, runner: Runner, seeds: int | None =
         plan[label] = [full.but(seed=seed, subject=subject) for seed in numbers]
     results = run(plan, runner)
     if benchmark.claim == "changed algorithm":
-        cost = ledger(results[next(iter(benchmark.variants))])
+        cost = normalized_cost(results[next(iter(benchmark.variants))])
         if cost is not None:
-            control = full.but(shape=dict(benchmark.smaller.get(size, at.smaller[0])))
-            results |= run(matched(full, control, cost, at, numbers, results, runner), runner)
+            results |= run(matched(full, full.but(shape=smaller), cost, at, numbers, results, runner), runner)
     return results
 
 
@@ -100,12 +134,12 @@ def matched(
     full: Run, smaller: Run, cost: float, at: Any, numbers: range, results: Mapping[str, list[Any]], runner: Runner
 ) -> dict[str, list[Run]]:
     """The baseline, and a smaller model at its own learning rate, for as many steps as come to ``cost``."""
-    per_step = ledger(results["baseline"]) / at.steps
+    per_step = normalized_cost(results["baseline"]) / at.steps
     plain = full.but(steps=whole(cost / per_step, at.evaluations))
     (pilot,) = runner([smaller.but(steps=whole(at.steps / 6, at.evaluations), lr=full.lr)])
     if pilot["status"] != "ok":
         raise EkeError(f"the smaller control model cannot be trained: {pilot['error']}")
-    steps = whole(cost / (pilot["accounts"]["ledger"] / pilot["accounts"]["steps"]), at.evaluations)
+    steps = whole(cost / (pilot["costs"]["normalized_cost"] / pilot["costs"]["steps"]), at.evaluations)
     smaller = smaller.but(steps=steps)
     smaller = smaller.but(lr=tune(smaller, at.lrs, runner))
     return {
@@ -143,15 +177,26 @@ def quality(result: Mapping[str, Any]) -> float:
     return -value if workload.higher_is_better else value
 
 
-def ledger(results: list[Mapping[str, Any]]) -> float | None:
+def normalized_cost(results: list[Mapping[str, Any]]) -> float | None:
     """Median cost in reference steps, of the runs that came to an end."""
-    costs = [one["accounts"]["ledger"] for one in results if one["status"] == "ok"]
+    costs = [one["costs"]["normalized_cost"] for one in results if one["status"] == "ok"]
     return statistics.median(costs) if costs else None
 
 
 def whole(steps: float, evaluations: int) -> int:
     """A number of steps that divides into the evaluations."""
     return max(1, round(steps / evaluations)) * evaluations
+
+
+@contextmanager
+def working_in(folder: str | Path) -> Iterator[None]:
+    """Runs name their files without a folder, so that a result is found again wherever the checkout lies."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def _plain(recipe: Recipe) -> dict[str, dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from eke import trainer_kwargs
 from eke.spec import EkeError
 
 from eke_bench.benchmark import Benchmark, Recipe
+from eke_bench.named import Runs
 from eke_bench.timing import Timing
 
 
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _act(_parser().parse_args(arguments), "eke bench")
 
 
-def main_of(*parts: Benchmark | Timing, arguments: Sequence[str] | None = None) -> int:
+def main_of(*parts: Benchmark | Timing | Runs, arguments: Sequence[str] | None = None) -> int:
     """The command line of a technique's own ``benchmark.py``."""
     parser = argparse.ArgumentParser(description=f"Measure {', '.join(dict.fromkeys(part.name for part in parts))}.")
     _running(parser)
@@ -43,11 +44,13 @@ def _act(options: argparse.Namespace, program: str) -> int:
         return 130
 
 
-def _measure(parts: Sequence[Benchmark | Timing], options: argparse.Namespace) -> int:
+def _measure(parts: Sequence[Benchmark | Timing | Runs], options: argparse.Namespace) -> int:
     if options.only != "training":
         for timing in (part for part in parts if isinstance(part, Timing)):
             _time(timing, options)
     if options.only != "timings":
+        for runs in (part for part in parts if isinstance(part, Runs)):
+            _name(runs, options)
         compare([part for part in parts if isinstance(part, Benchmark)], options)
     return 0
 
@@ -61,6 +64,24 @@ def _time(timing: Timing, options: argparse.Namespace) -> None:
         return
     summary = json.loads(stored.read_text()) if options.show else timing.write(options.size, Path(options.out))
     tables.show_timing(summary)
+
+
+def _name(runs: Runs, options: argparse.Namespace) -> None:
+    from eke_bench import tables
+
+    if options.show:
+        found = runs.stored(options.size, options.out)
+    else:
+        found = runs.measure(options.size, options.out, options.seeds, say=lambda text: print(text, flush=True))
+    if not found:
+        print(f"{runs.title}: not run yet.")
+        return
+    for rows in runs.tables(found, options.size):
+        print(tables.grid_markdown(rows), end="\n\n")
+    if runs.draw is not None:
+        picture = runs.file(options.size, options.out).with_suffix(".png")
+        runs.draw(found, picture)
+        print(f"Picture: {picture}")
 
 
 def compare(benchmarks: Sequence[Benchmark], options: argparse.Namespace) -> int:
@@ -88,7 +109,7 @@ def stem_of(benchmark: Benchmark, size: str) -> str:
     return f"{benchmark.name}-{benchmark.workload.replace(':', '.')}-{size}"
 
 
-def composition(recipe: Recipe, workload: str, shape: Mapping[str, Mapping[str, int]] | None = None) -> Benchmark:
+def composition(recipe: Recipe, workload: str, shape: Any = None) -> Benchmark:
     """A recipe of several techniques as a ladder, one technique more at each step, and without each of them."""
     names = list(recipe)
     variants: dict[str, Recipe] = {" + ".join(names): recipe}
@@ -108,7 +129,7 @@ def _run(options: argparse.Namespace) -> int:
         raise EkeError(str(error)) from None
     if options.ladder and len(recipe) < 2:
         raise EkeError("a ladder needs two techniques or more. Name them, or leave --ladder out.")
-    shape = {options.size: _shape(options.shape)} if options.shape else {}
+    shape = {} if not options.shape else options.shape[0] if options.shape == ["deep"] else _shapes(options)
     if options.ladder:
         return compare([composition(recipe, options.workload, shape)], options)
     label = " + ".join(recipe)
@@ -163,11 +184,13 @@ def _recipe(words: Sequence[str]) -> dict[str, dict[str, Any]]:
     return recipes.parse_words(words)
 
 
-def _shape(words: Sequence[str]) -> dict[str, int]:
+def _shapes(options: argparse.Namespace) -> dict[str, dict[str, int]]:
     try:
-        return {name: int(value) for name, value in (word.split("=") for word in words)}
+        return {options.size: {name: int(value) for name, value in (word.split("=") for word in options.shape)}}
     except ValueError:
-        raise EkeError(f"--shape {' '.join(words)} is no shape. Give name=number, as in blocks=8 width=64.") from None
+        raise EkeError(
+            f"--shape {' '.join(options.shape)} is no shape. Give name=number, as in blocks=8 width=64, or deep."
+        ) from None
 
 
 def _running(parser: argparse.ArgumentParser) -> None:
@@ -184,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="measure a recipe against its baseline and controls")
     run.add_argument("recipe", nargs="+", metavar="TECHNIQUE", help="name, name:key=value,..., or one YAML file")
     run.add_argument("--workload", default="gpt", help="a name from eke bench list, or package.module:Class")
-    run.add_argument("--shape", nargs="+", metavar="NAME=N", help="of the model, in place of the reference's")
+    run.add_argument("--shape", nargs="+", metavar="NAME=N", help="of the model: deep, or numbers by name")
     run.add_argument("--same", action="store_true", help="claim the same mathematics: losses have to be equal")
     run.add_argument("--ladder", action="store_true", help="add the techniques one by one, and leave out each")
     _running(run)

@@ -8,15 +8,15 @@ RAPL = Path("/sys/class/powercap")
 
 
 def joules(cuda: bool) -> float | None:
-    """The counter of the card in use, or of the processor packages; None where there is none or it may not be read.
+    """The counter of the GPU in use, or of the processor packages; None where there is none or it may not be read.
 
     Differences of two readings mean something, a reading alone does not. The processor's counter wraps around after
     some hours, in which case the difference is negative.
     """
-    return _card() if cuda else _packages()
+    return _gpu() if cuda else _packages()
 
 
-def _card() -> float | None:
+def _gpu() -> float | None:
     import torch
 
     try:
@@ -26,7 +26,7 @@ def _card() -> float | None:
         uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
-    except Exception:  # no library, no permission, a card too old: all mean that nobody tells
+    except Exception:  # no library, no permission, too old a GPU: all mean that nobody tells
         return None
 
 

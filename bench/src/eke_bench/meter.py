@@ -1,10 +1,10 @@
-"""The accounts of one training run: wall, CPU, ledger, FLOPs, memory, energy.
+"""What one training run costs: wall time, CPU time, normalized cost, FLOPs, memory, energy.
 
-The ledger survives a noisy machine (Kaddour et al. 2023, "No Train No Gain", Reference System Time). Between the steps
-of the run, every few of them, a *probe* runs: one training step of the workload's plain reference model. What the run's
-steps cost is taken as a multiple of the probes next to them, so that a neighbour who slows the machine down slows both.
-Steps are told apart by kind (how many blocks ran, how many tokens came), each kind has the median of its multiples, and
-the ledger is the number of steps of each kind times that: cost in steps of the reference model.
+The normalized cost survives a noisy machine (Kaddour et al. 2023, "No Train No Gain", Reference System Time). Between
+the steps of the run, every few of them, a *probe* runs: one training step of the workload's plain reference model. What
+the run's steps cost is taken as a multiple of the probes next to them, so that a neighbour who slows the machine down
+slows both. Steps are sorted by kind (how many blocks ran, how many tokens came), each kind has the median of its
+multiples, and the normalized cost is the number of steps of each kind times that: cost in steps of the reference model.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Meter:
         probe: Runs one step of the reference model. It must draw no random numbers.
         every: Steps between probes.
         device: Where training runs. On CUDA each mark waits for the device.
-        count: Count FLOPs and memory of one step of each kind, off the clock.
+        count: Count FLOPs and memory of one step of each kind, in a pause.
     """
 
     def __init__(self, probe: Callable[[], Any], *, every: int = 10, device: str = "cpu", count: bool = True) -> None:
@@ -110,7 +110,7 @@ class Meter:
 
     @contextmanager
     def counting(self, module: nn.Module, *optimizers: Optimizer) -> Iterator[Callable[[str], None]]:
-        """Count one step, off the clock; it then counts as one of its kind.
+        """Count one step, in a pause; it then counts as one of its kind.
 
         Yields:
             To be told the kind, once it is known.
@@ -168,13 +168,13 @@ class Meter:
         curve = []
         for point in self.curve:
             done = point.pop("kinds")
-            curve.append({**point, "ledger": _total(done, multiples), "flops": _total(done, flops)})
+            curve.append({**point, "normalized_cost": _total(done, multiples), "flops": _total(done, flops)})
         return {
-            "accounts": {
+            "costs": {
                 "steps": self.total,
                 "wall_s": wall,
                 "cpu_s": cpu,
-                "ledger": _total(steps, multiples),
+                "normalized_cost": _total(steps, multiples),
                 "flops": _total(steps, flops),
                 "memory": max(memory, key=lambda causes: causes["total"], default=None),
                 "energy_j": self._energy[1] - self._energy[0] if len(self._energy) == 2 else None,
@@ -186,7 +186,7 @@ class Meter:
                     "steps": kind.steps,
                     "wall_s": kind.wall / kind.timed if kind.timed else None,
                     "cpu_s": kind.cpu / kind.timed if kind.timed else None,
-                    "ledger": multiples[name],
+                    "normalized_cost": multiples[name],
                     "spread": _quartiles(kind.multiples),
                     "flops": kind.flops,
                     "memory": kind.memory,

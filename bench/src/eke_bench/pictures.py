@@ -33,10 +33,10 @@ def pareto(summary: Mapping[str, Any], path: Path) -> None:
     """Cost against quality, the baseline's budgets as a line; what is no better than it is shaded."""
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     sign = -1 if summary["higher_is_better"] else 1
-    rows = {label: row for label, row in summary["rows"].items() if row["status"] == "ok" and row["ledger"]}
-    plain = sorted((rows[label] for label in PLAIN if label in rows), key=lambda row: row["ledger"])
+    rows = {label: row for label, row in summary["rows"].items() if row["status"] == "ok" and row["normalized_cost"]}
+    plain = sorted((rows[label] for label in PLAIN if label in rows), key=lambda row: row["normalized_cost"])
     if plain:
-        costs = [row["ledger"] for row in plain]
+        costs = [row["normalized_cost"] for row in plain]
         values = [sign * statistics.fmean(row["quality"]) for row in plain]
         axes.plot(costs, values, color="0.3", marker=".", label="plain model", zorder=2)
         worst = max if sign > 0 else min
@@ -48,7 +48,7 @@ def pareto(summary: Mapping[str, Any], path: Path) -> None:
         values = [sign * value for value in row["quality"]]
         middle = statistics.fmean(values)
         reach = [[middle - min(values)], [max(values) - middle]]
-        axes.errorbar(row["ledger"], middle, reach, fmt=MARKS[row["role"]], capsize=3, label=label, zorder=3)
+        axes.errorbar(row["normalized_cost"], middle, reach, fmt=MARKS[row["role"]], capsize=3, label=label, zorder=3)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.xaxis.set_minor_formatter(lambda value, _: f"{value:,.0f}")
@@ -79,7 +79,7 @@ def ladder(summary: Mapping[str, Any], path: Path) -> None:
     left.invert_yaxis()
     left.set_xlabel(summary["unit"])
     left.grid(axis="x", color="0.9")
-    right.barh(list(places), [row["ledger"] or 0 for row in rows], 0.6, color="0.6")
+    right.barh(list(places), [row["normalized_cost"] or 0 for row in rows], 0.6, color="0.6")
     right.set_xlabel("cost, steps of the reference model")
     figure.suptitle(f"{summary['workload']}, {counted(summary['seeds'], 'seed')}: one technique more at each step")
     _save(figure, path)
@@ -115,7 +115,7 @@ def profile(summaries: Sequence[Mapping[str, Any]], path: Path) -> None:
                 costs["plain"][summary["workload"]] = 1.0
                 costs.setdefault(f"{summary['name']}: {label}", {})[summary["workload"]] = row["cost_at_quality"][0]
     taus = [1 + 0.02 * step for step in range(151)]
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(11, max(5, 0.2 * len(costs))), layout="constrained")
     for method, shares in performance_profile(costs, taus).items():
         area = statistics.fmean(shares)
         axes.step(taus, shares, where="post", label=f"{method} ({area:.2f})")
@@ -123,7 +123,7 @@ def profile(summaries: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.set_ylabel("share of workloads")
     axes.set_ylim(-0.02, 1.02)
     axes.set_title("Performance profile; mean height in brackets")
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="x-small")  # beside the curves: there may be many
     _save(figure, path)
 
 

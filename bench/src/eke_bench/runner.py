@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
+import os
+import sys
+import sysconfig
+import tempfile
 import traceback
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from eke_bench.meter import Meter
 from eke_bench.store import Run, Store
 from eke_bench.subjects import Missing
 from eke_bench.subjects import load as load_subject
+from eke_bench.training import quiet
 from eke_bench.workloads import load as load_workload
 
 
@@ -33,10 +36,12 @@ class Runner:
         train: Whether what is not stored is trained; else it counts as missing.
     """
 
-    def __init__(self, folder: str, jobs: int = 1, say: Callable[[str], None] = print, *, train: bool = True) -> None:
+    def __init__(
+        self, folder: str | Path, jobs: int = 1, say: Callable[[str], None] = print, *, train: bool = True
+    ) -> None:
         if jobs < 1:
             raise ValueError(f"jobs={jobs} runs nothing. Give 1 or more.")
-        self.folder, self.jobs, self.say, self.train = folder, jobs, say, train
+        self.folder, self.jobs, self.say, self.train = Path(folder).resolve(), jobs, say, train
 
     def __call__(self, runs: Iterable[Run]) -> list[dict[str, Any]]:
         """Results of these runs, in this order. One that fails is stored as such and hinders no other."""
@@ -72,7 +77,7 @@ class Runner:
 
 def train(run: Run) -> dict[str, Any]:
     """Train once, on one thread, and return the record."""
-    with _quiet():
+    with quiet():
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -87,15 +92,24 @@ def train(run: Run) -> dict[str, Any]:
         except Missing as error:
             return store.record(run, {"error": str(error)}, "missing")
         except Exception as error:  # one run's failure is a hole in the table, not the end of the others
-            trace = traceback.format_exc(limit=-3)
-            return store.record(run, {"error": f"{type(error).__name__}: {error}", "trace": trace}, "failed")
+            said, trace = f"{type(error).__name__}: {error}", traceback.format_exc(limit=-3)
+            return store.record(run, {"error": portable(said), "trace": portable(trace)}, "failed")
         finally:
             torch.set_num_threads(threads)
 
 
+def portable(text: str) -> str:
+    """``text`` with files named by where they lie in a package or in the working folder, and not on this machine."""
+    places = {*sys.path, sysconfig.get_path("stdlib"), os.getcwd(), tempfile.gettempdir(), str(Path.home())}
+    for place in sorted(filter(os.path.isdir, places), key=len, reverse=True):  # the folder before its parent
+        if Path(place).is_absolute() and Path(place) != Path(place).parent:
+            text = text.replace(f"{place.rstrip(os.sep)}{os.sep}", "")
+    return text
+
+
 @cache
 def _probe(workload: str, size: str, device: str) -> Callable[[], None]:
-    """One step of the reference model on a batch that stays; the yardstick of the ledger."""
+    """One step of the reference model on a batch that stays; the unit of the normalized cost."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device == "cuda" else []):
         torch.manual_seed(0)
         made = load_workload(workload, size)
@@ -137,19 +151,8 @@ def describe(run: Run) -> str:
 def _outcome(result: dict[str, Any]) -> str:
     if result["status"] != "ok":
         return f"{result['status']}: {result['error']}"
-    accounts = result["accounts"]
+    costs = result["costs"]
     measures = ", ".join(f"{name} {value:.4f}" for name, value in result["final"].items())
-    ledger = "no ledger" if accounts["ledger"] is None else f"{accounts['ledger']:.1f} reference steps"
-    return f"{measures}; {accounts['cpu_s']:.1f} s CPU, {ledger}"
-
-
-@contextmanager
-def _quiet() -> Any:
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning")
-        warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")
-        yield
-    logger.setLevel(level)
+    cost = costs["normalized_cost"]
+    steps = "no normalized cost" if cost is None else f"{cost:.1f} reference steps"
+    return f"{measures}; {costs['cpu_s']:.1f} s CPU, {steps}"

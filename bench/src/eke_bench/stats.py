@@ -140,7 +140,7 @@ def interleaved(
 
     Returns:
         Name to ``seconds`` (median), ``ratio`` (median of the ratios within a round, with its bootstrap interval as
-        ``[value, low, high]``) and ``told_apart``: whether the interval lies outside that of the control. The control
+        ``[value, low, high]``) and ``significant``: whether the interval lies outside that of the control. The control
         is listed under the name of the first with ``(again)``.
     """
     first = next(iter(variants))
@@ -161,7 +161,7 @@ def interleaved(
         name: {
             "seconds": statistics.median(taken[name]),
             "ratio": [ratio.value, ratio.low, ratio.high],
-            "told_apart": name in variants and name != first and not overlap(ratio, control),
+            "significant": name in variants and name != first and not overlap(ratio, control),
         }
         for name, ratio in ratios.items()
     }

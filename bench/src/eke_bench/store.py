@@ -19,7 +19,7 @@ from eke.spec import EkeError
 
 from eke_bench.workloads import load
 
-SCHEMA = "eke-bench/1"
+SCHEMA = "eke-bench/2"
 
 
 @dataclass(frozen=True)

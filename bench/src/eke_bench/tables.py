@@ -15,17 +15,17 @@ from eke_bench import timing
 from eke_bench.stats import counted
 
 VERDICTS = ("steps", "quality", "step", "for the quality", "for the cost")
-ACCOUNTS = ("peak MiB", "ledger", "CPU s", "wall s", "GFLOP", "energy J", "first step s")
+COSTS = ("peak MiB", "normalized cost", "CPU s", "wall s", "GFLOP", "energy J", "first step s")
 
 
 def show(summary: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print a comparison: what each row gives, its accounts, then what may be concluded."""
+    """Print a comparison: what each row gives, its costs, then what may be concluded."""
     console = console or Console()
     fixed = ", fixed architecture" if summary["fixed_architecture"] else ""
     seeds = counted(summary["seeds"], "seed")
     title = f"{summary['name']} on {summary['workload']}, size {summary['size']}, {seeds}{fixed}"
     console.print(title, style="bold", highlight=False)
-    for columns in (VERDICTS, ACCOUNTS):
+    for columns in (VERDICTS, COSTS):
         head, *rows = grid(summary, columns)
         table = _table(head)
         for row in rows:
@@ -44,9 +44,14 @@ def show_timing(summary: Mapping[str, Any], console: Console | None = None) -> N
     (console or Console()).print(table)
 
 
-def markdown(summary: Mapping[str, Any], columns: Sequence[str] = (*VERDICTS, *ACCOUNTS[:3])) -> str:
+def markdown(summary: Mapping[str, Any], columns: Sequence[str] = (*VERDICTS, *COSTS[:3])) -> str:
     """The table for a README."""
-    head, *rows = timing.grid(summary) if "timing" in summary else grid(summary, columns)
+    return grid_markdown(timing.grid(summary) if "timing" in summary else grid(summary, columns))
+
+
+def grid_markdown(grid: Sequence[Sequence[str]]) -> str:
+    """Rows of text, header first."""
+    head, *rows = grid
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
 
 
@@ -61,7 +66,7 @@ def grid(summary: Mapping[str, Any], columns: Sequence[str]) -> list[list[str]]:
 def _cell(column: str, row: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     """What is not known is a dash; what failed says so once."""
     if row["status"] != "ok":
-        return row["status"] if column in ("steps", "ledger") else ""
+        return row["status"] if column in ("steps", "normalized cost") else ""
     sign = -1 if summary["higher_is_better"] else 1
     values = [sign * value for value in row["quality"]]
     spread = f" ±{(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
@@ -73,7 +78,7 @@ def _cell(column: str, row: Mapping[str, Any], summary: Mapping[str, Any]) -> st
         "for the quality": lambda: "-" if plain else _bound(row.get("cost_at_quality")),
         "for the cost": lambda: "-" if plain else _gain(row),
         "peak MiB": lambda: _number(row["memory"] and row["memory"]["total"] / 2**20, ".1f"),
-        "ledger": lambda: _number(row["ledger"], ",.0f"),
+        "normalized cost": lambda: _number(row["normalized_cost"], ",.0f"),
         "CPU s": lambda: _number(row["cpu_s"], ",.1f"),
         "wall s": lambda: _number(row["wall_s"], ",.1f"),
         "GFLOP": lambda: _number(row["flops"] and row["flops"] / 1e9, ",.3g" if (row["flops"] or 0) < 1e12 else ",.0f"),
@@ -89,15 +94,15 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
     lines = [
         "step: cost of a step, plain = 1. for the quality: cost, that of the plain model which gets as far = 1; "
         f"< and > are bounds. for the cost: {summary['unit']} better (+) or worse (-) than the plain model for the "
-        "same cost. ledger: cost in steps of the reference model, taken between the steps of the same run.",
+        "same cost. normalized cost: in steps of the reference model, taken between the steps of the same run.",
         f"A/A control: cost of a step {low:.3f} to {high:.3f} times itself, {summary['unit']} apart by up to "
-        f"{aa['quality_reach']:.4f}. What cannot be told apart from that is marked ~.",
+        f"{aa['quality_reach']:.4f}. ~ marks no significant difference.",
     ]
     models = {"plain model": "baseline", "smaller": "smaller, same cost"}
     for words, label in models.items():
         row = summary["rows"].get(label, {"status": "none"})
         if row["status"] == "ok":
-            shape = ", ".join(f"{value} {name}" for name, value in row["shape"].items())
+            shape = ", ".join(f"{name} {value}" for name, value in row["shape"].items())
             lines.append(f"{words}: {shape}, learning rate {row['lr']:g}.")
     failed = [row for row in summary["rows"].values() if row["status"] != "ok"]
     lines += [f"{row['label']}: {row['status']}: {row['error']}" for row in failed]
@@ -145,7 +150,7 @@ def _ratio(row: Mapping[str, Any]) -> str:
         return "1" if row["label"] == "baseline" else "-"
     if "step_ratio" not in row:
         return "-"
-    return f"{'' if row['step_told_apart'] else '~'}{row['step_ratio'][0]:.2f}"
+    return f"{'' if row['step_significant'] else '~'}{row['step_ratio'][0]:.2f}"
 
 
 def _bound(cost: list[float] | None) -> str:
@@ -160,4 +165,4 @@ def _bound(cost: list[float] | None) -> str:
 def _gain(row: Mapping[str, Any]) -> str:
     if "gain_interval" not in row:
         return "-"
-    return f"{'' if row['gain_told_apart'] else '~'}{row['gain_interval'][0]:+.3f}"
+    return f"{'' if row['gain_significant'] else '~'}{row['gain_interval'][0]:+.3f}"

@@ -10,6 +10,7 @@ from time import perf_counter, process_time
 from typing import Any
 
 import torch
+from eke.spec import EkeError
 
 from eke_bench.stats import interleaved
 from eke_bench.store import environment
@@ -26,7 +27,8 @@ class Timing:
             left out.
         facts: ``facts(label, function, size)`` gives what else is known of one, by name, such as bytes.
         rounds: In which each function runs once.
-        headline: Makes the sentence for the table of techniques from the summary.
+        headline: The sentence for the table of techniques, made from the summary, or a text in which ``{1:.2f}`` is the
+            time of the second function over that of the first, ``{2:.2f}`` of the third, and so on.
     """
 
     name: str
@@ -34,20 +36,26 @@ class Timing:
     build: Callable[[str], Mapping[str, Callable[[], Any]]]
     facts: Callable[[str, Callable[[], Any], str], dict[str, Any]] = lambda label, function, size: {}
     rounds: int = 40
-    headline: Callable[[Mapping[str, Any]], str] | None = None
+    headline: Callable[[Mapping[str, Any]], str] | str = ""
 
     def stem(self, size: str) -> str:
         """File name without ending."""
         return f"{self.name}-{'-'.join(self.title.lower().split())}-{size}"
 
     def measure(self, size: str) -> dict[str, Any]:
-        """Time them on one thread, processor time on a CPU and time by the clock on a GPU."""
+        """Time them on one thread, processor time on a CPU and time by the clock on a GPU.
+
+        Raises:
+            EkeError: ``build`` gives nothing, because what it needs is not installed.
+        """
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             functions = self.build(size)
+            if not functions:
+                raise EkeError(f"{self.title}: nothing to time here. What it needs is not installed.")
             rounds = 4 if size == "smoke" else self.rounds
-            rows = interleaved(functions, rounds, _on_the_card if size == "gpu" else process_time)
+            rows = interleaved(functions, rounds, _on_the_gpu if size == "gpu" else process_time)
             for label, function in functions.items():
                 rows[label]["facts"] = self.facts(label, function, size)
         finally:
@@ -60,7 +68,9 @@ class Timing:
             "timing": rows,
             "environment": environment(),
         }
-        return {**summary, "headline": self.headline(summary) if self.headline else ""}
+        if isinstance(self.headline, str):
+            return {**summary, "headline": self.headline.format(*(row["ratio"][0] for row in rows.values()))}
+        return {**summary, "headline": self.headline(summary)}
 
     def write(self, size: str, folder: Path) -> dict[str, Any]:
         """Measure, and keep the summary in ``folder``."""
@@ -77,7 +87,7 @@ def grid(summary: Mapping[str, Any]) -> list[list[str]]:
     lines = [[summary["title"], "ms", "ratio", "95 %", *facts]]
     for label, row in rows.items():
         value, low, high = row["ratio"]
-        mark = "" if row["told_apart"] or label == next(iter(rows)) else "~"
+        mark = "" if row["significant"] or label == next(iter(rows)) else "~"
         own = [_shown(row.get("facts", {}).get(name)) for name in facts]
         lines.append([label, f"{1e3 * row['seconds']:.3g}", f"{mark}{value:.2f}", f"{low:.2f}-{high:.2f}", *own])
     return lines
@@ -87,6 +97,6 @@ def _shown(value: Any) -> str:
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _on_the_card() -> float:
+def _on_the_gpu() -> float:
     torch.cuda.synchronize()
     return perf_counter()

@@ -31,15 +31,16 @@ def test_it_prints_the_peak_by_cause(target, capsys):
     assert "10,112 parameters, of which 10,112 train." in printed
 
 
-def test_a_card_that_is_large_enough_gets_its_largest_batch(target, capsys):
-    assert main(["forecast", target, "--card", "1MiB"]) == 0
-    assert "it fits, with" in capsys.readouterr().out
+@pytest.mark.parametrize("flag", ["--gpu-memory", "--card"])
+def test_memory_that_is_large_enough_gets_its_largest_batch(target, capsys, flag):
+    assert main(["forecast", target, flag, "1MiB"]) == 0
+    assert "Into 1.00 MiB of GPU memory it fits, with" in capsys.readouterr().out
 
 
-def test_a_card_that_is_too_small_gets_the_first_change_and_a_picture(target, capsys, tmp_path):
+def test_memory_that_is_too_small_gets_the_first_change_and_a_picture(target, capsys, tmp_path):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "bars.png"
-    assert main(["forecast", target, "--card", "220KiB", "--ranks", "4", "--png", str(picture)]) == 0
+    assert main(["forecast", target, "--gpu-memory", "220KiB", "--ranks", "4", "--png", str(picture)]) == 0
     printed = capsys.readouterr().out
     assert "it does not fit" in printed
     assert "The first change that makes it fit, in the order of cost:" in printed
@@ -47,8 +48,8 @@ def test_a_card_that_is_too_small_gets_the_first_change_and_a_picture(target, ca
 
 
 @pytest.mark.slow
-def test_a_card_that_nothing_fits_is_code_1(target, capsys):
-    assert main(["forecast", target, "--card", "1 KB"]) == 1
+def test_memory_that_nothing_fits_is_code_1(target, capsys):
+    assert main(["forecast", target, "--gpu-memory", "1 KB"]) == 1
     assert "Nothing that was tried makes it fit; the least is" in capsys.readouterr().out
 
 

@@ -8,8 +8,8 @@ import torch
 from eke import compat, measure, registry
 from eke.forecast import RUN, ForecastError, batches, forecast, resized
 from eke.forecast.fitting import Setup, changes, largest_batch, make_fit
-from eke.seams.wrapped import walk
 from eke.forecast.scratch import LONGEST, Like, Scratch
+from eke.seams.wrapped import walk
 from eke.testing import build_example, example_model, run_ranks
 from eke.testing import run as kit
 from eke.testing.models import SHAPES, TinyBlocks, TinyGPT2, TinyViT

@@ -199,7 +199,7 @@ def ceilings(device: str | torch.device = "cpu", seconds: float = 1.0) -> dict[s
     """What this machine can do at best, now: the yardstick of a utilization.
 
     Square matrix products in float32 and bfloat16 (n = 1024 on a CPU, less where that takes longer than ``seconds``,
-    8192 on a card), and a copy of 256 MiB (1 GiB),
+    8192 on a GPU), and a copy of 256 MiB (1 GiB),
     each repeated for ``seconds``.
 
     Args:
@@ -216,7 +216,7 @@ def ceilings(device: str | torch.device = "cpu", seconds: float = 1.0) -> dict[s
         side = 1024 if device.type == "cpu" else 8192
         while device.type == "cpu" and side > 64 and 2 * side**3 > speed(dtype) * seconds:
             side //= 2  # a processor that lacks instructions for a dtype would be at one product for minutes
-        a, b = torch.randn(2, side, side, device=device).to(dtype)  # zeros would run faster on a card
+        a, b = torch.randn(2, side, side, device=device).to(dtype)  # zeros would run faster on a GPU
         found[str(dtype).removeprefix("torch.")] = _rate(partial(torch.mm, a, b), 2 * side**3, device, seconds)
     source = torch.randn((64 if device.type == "cpu" else 256) * 2**20, device=device)
     target = torch.empty_like(source)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from eke_bench.meter import Meter
 from eke_bench.store import Run
+from eke_bench.training import QUIET
 from eke_bench.workloads import Workload
 
 
@@ -31,10 +32,7 @@ class Lightning:
             precision=techniques.pop("precision", "bf16-mixed" if run.size == "gpu" else "32-true"),
             devices=1,
             callbacks=callbacks,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **QUIET,
             **techniques,
         )
         trainer.fit(model, workload.train_loader(run.seed), workload.val_loader())

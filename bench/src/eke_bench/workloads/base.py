@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,9 @@ class Size:
         steps: Of the full budget. The baseline is trained for a half and a third of it, too.
         batch: Samples in a step.
         shape: Arguments of the reference model: the best plain one that a sweep found for the full budget.
-        smaller: Shapes of the control, a plain model that costs less a step. The first is taken.
+        smaller: Shape of the control, a plain model that costs less a step.
         lrs: Learning rates of the sweep, rising. It goes on beyond either end while that is the best.
+        deep: Shape of a model whose depth is given, for what needs blocks to work on; its control has half of them.
         seeds: Runs of each kind.
         evaluations: Per run, at equal distances, the last after the last step.
         options: What else the workload needs to know, such as the length of a text window.
@@ -30,11 +31,17 @@ class Size:
     steps: int
     batch: int
     shape: Mapping[str, int]
-    smaller: tuple[Mapping[str, int], ...]
+    smaller: Mapping[str, int]
     lrs: tuple[float, ...]
+    deep: Mapping[str, int] | None = None
     seeds: int = 3
     evaluations: int = 6
     options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def shape(blocks: int, width: int, **more: int) -> dict[str, int]:
+    """Of a model, on one line of a table of sizes."""
+    return {"blocks": blocks, "width": width, **more}
 
 
 class Workload:
@@ -45,13 +52,15 @@ class Workload:
         metric: Which logged value decides; ``"val_loss"`` or ``"val_accuracy"``.
         unit: Of the metric, for people.
         higher_is_better: For the metric.
-        sizes: ``"smoke"`` takes seconds, ``"cpu"`` about a minute a run on one thread, ``"gpu"`` minutes on one card.
+        val_batch: Samples in a batch of held-out data.
+        sizes: ``"smoke"`` takes seconds, ``"cpu"`` about a minute a run on one thread, ``"gpu"`` minutes on one GPU.
     """
 
     name: ClassVar[str]
     metric: ClassVar[str] = "val_loss"
     unit: ClassVar[str] = "nats"
     higher_is_better: ClassVar[bool] = False
+    val_batch: ClassVar[int] = 32
     sizes: ClassVar[dict[str, Size]]
 
     def __init__(self, size: str) -> None:
@@ -63,13 +72,17 @@ class Workload:
         """A new model. Its initial weights follow from torch's random state alone."""
         raise NotImplementedError
 
-    def train_loader(self, seed: int) -> DataLoader:
-        """Training data in an order that follows from ``seed`` alone, whatever random numbers others draw."""
+    def data(self) -> tuple[Dataset, Dataset]:
+        """Samples to train on, and held-out ones, the same for every run."""
         raise NotImplementedError
 
+    def train_loader(self, seed: int) -> DataLoader:
+        """Training data in an order that follows from ``seed`` alone, whatever random numbers others draw."""
+        order = torch.Generator().manual_seed(seed)
+        return DataLoader(self.data()[0], self.size.batch, shuffle=True, drop_last=True, generator=order)
+
     def val_loader(self) -> DataLoader:
-        """The same held-out data for every run."""
-        raise NotImplementedError
+        return DataLoader(self.data()[1], self.val_batch)
 
     def finish(self, model: LightningModule) -> dict[str, float]:
         """Further measures of a trained model, such as a linear probe. Not charged."""

@@ -13,10 +13,10 @@ from typing import ClassVar
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
-from eke_bench.workloads.base import Size, endless, lr_factor
-from eke_bench.workloads.gpt import GPT, ByteGPT, Windows, read, standard_library
+from eke_bench.workloads.base import Size, endless, lr_factor, shape
+from eke_bench.workloads.gpt import GPT, ByteGPT, Windows, read, spread, standard_library
 
 HEADERS = ("ATen", "c10", "torch")
 
@@ -35,32 +35,18 @@ class Finetune(GPT):
     name = "finetune"
     sizes: ClassVar[dict[str, Size]] = {
         "smoke": Size(
-            steps=12,
-            batch=4,
-            shape={"blocks": 2, "width": 32},
-            smaller=({"blocks": 1, "width": 32},),
-            lrs=(2e-3, 4e-3, 8e-3),
-            seeds=2,
-            evaluations=2,
-            options={"length": 32, "held_out": 32, "pretraining": 24, "pretraining_lr": 8e-3},
+            steps=12, batch=4, shape=shape(2, 32), smaller=shape(1, 32), lrs=(2e-3, 4e-3, 8e-3),
+            seeds=2, evaluations=2, options={"length": 32, "held_out": 32, "pretraining": 24, "pretraining_lr": 8e-3},
         ),
         "cpu": Size(
-            steps=1200,
-            batch=8,
-            shape={"blocks": 2, "width": 64},
-            smaller=({"blocks": 1, "width": 64},),
-            lrs=(2e-3, 4e-3, 8e-3),
+            steps=1200, batch=8, shape=shape(2, 64), smaller=shape(1, 64), lrs=(2e-3, 4e-3, 8e-3),
             options={"length": 128, "held_out": 512, "pretraining": 2400, "pretraining_lr": 8e-3},
         ),
         "gpu": Size(
-            steps=1002,
-            batch=64,
-            shape={"blocks": 8, "width": 512},
-            smaller=({"blocks": 4, "width": 512},),
-            lrs=(2e-4, 5e-4, 1e-3),
+            steps=1002, batch=64, shape=shape(8, 512), smaller=shape(4, 512), lrs=(2e-4, 5e-4, 1e-3),
             options={"length": 512, "held_out": 1024, "pretraining": 3000, "pretraining_lr": 1e-3},
         ),
-    }
+    }  # fmt: skip
 
     def text(self) -> tuple[Tensor, Tensor]:
         return headers()
@@ -79,12 +65,10 @@ class Finetune(GPT):
         """How much of the Python is left."""
         model.eval()
         windows = Windows(standard_library()[1], self.size.options["length"])
-        picks = torch.linspace(0, len(windows) - 1, self.size.options["held_out"]).round().long().tolist()
-        losses = [
-            model.loss(batch.to(model.head.weight.device)) * len(batch)
-            for batch in DataLoader(Subset(windows, picks), batch_size=32)
-        ]
-        return {"python_loss": float(sum(losses)) / len(picks)}
+        picked = spread(windows, self.size.options["held_out"])
+        device = model.head.weight.device
+        losses = [model.loss(batch.to(device)) * len(batch) for batch in DataLoader(picked, self.val_batch)]
+        return {"python_loss": float(sum(losses)) / len(picked)}
 
 
 @cache

@@ -14,9 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
-from eke_bench.workloads.base import Learner, Size, Workload, initialize
+from eke_bench.workloads.base import Learner, Size, Workload, initialize, shape
 from eke_bench.workloads.blocks import Block
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -53,6 +53,12 @@ class Windows(Dataset):
     def __getitem__(self, index: int) -> Tensor:  # (length + 1,), int64
         start = index * self.length
         return self.text[start : start + self.length + 1].long()
+
+
+def spread(windows: Windows, count: int) -> Subset:
+    """At most ``count`` of the windows, spread over the whole text."""
+    count = min(count, len(windows))
+    return Subset(windows, torch.linspace(0, len(windows) - 1, count).round().long().tolist())
 
 
 class ByteGPT(Learner):
@@ -92,34 +98,20 @@ class GPT(Workload):
     unit = "nats a byte"
     sizes: ClassVar[dict[str, Size]] = {
         "smoke": Size(
-            steps=24,
-            batch=4,
-            shape={"blocks": 2, "width": 32},
-            smaller=({"blocks": 1, "width": 32},),
-            lrs=(4e-3, 8e-3, 16e-3),
-            seeds=2,
-            evaluations=2,
-            options={"length": 32, "held_out": 32},
+            steps=24, batch=4, shape=shape(2, 32), smaller=shape(1, 32), lrs=(4e-3, 8e-3, 16e-3),
+            deep=shape(4, 32), seeds=2, evaluations=2, options={"length": 32, "held_out": 32},
         ),
         # Of 1 and 2 blocks of width 64 to 192 for 40 seconds of one core, 1 block of 64 came out best (1.579 nats at a
         # rate of 0.016) and this one second (1.664): the smallest that has a depth to work on.
         "cpu": Size(
-            steps=2400,
-            batch=8,
-            shape={"blocks": 2, "width": 64},
-            smaller=({"blocks": 1, "width": 64},),
-            lrs=(4e-3, 8e-3, 16e-3),
-            options={"length": 128, "held_out": 512},
+            steps=2400, batch=8, shape=shape(2, 64), smaller=shape(1, 64), lrs=(4e-3, 8e-3, 16e-3),
+            deep=shape(4, 64), options={"length": 128, "held_out": 512},
         ),
         "gpu": Size(
-            steps=3000,
-            batch=64,
-            shape={"blocks": 8, "width": 512},
-            smaller=({"blocks": 4, "width": 512},),
-            lrs=(5e-4, 1e-3, 2e-3),
-            options={"length": 512, "held_out": 1024},
+            steps=3000, batch=64, shape=shape(8, 512), smaller=shape(4, 512), lrs=(5e-4, 1e-3, 2e-3),
+            deep=shape(24, 512), options={"length": 512, "held_out": 1024},
         ),
-    }
+    }  # fmt: skip
 
     def text(self) -> tuple[Tensor, Tensor]:
         return standard_library()
@@ -127,16 +119,10 @@ class GPT(Workload):
     def model(self, shape: Mapping[str, int], lr: float, steps: int) -> ByteGPT:
         return ByteGPT(**shape, length=self.size.options["length"], lr=lr, steps=steps)
 
-    def train_loader(self, seed: int) -> DataLoader:
-        windows = Windows(self.text()[0], self.size.options["length"])
-        order = torch.Generator().manual_seed(seed)
-        return DataLoader(windows, self.size.batch, shuffle=True, drop_last=True, generator=order)
-
-    def val_loader(self) -> DataLoader:
-        windows = Windows(self.text()[1], self.size.options["length"])
-        count = min(self.size.options["held_out"], len(windows))
-        picks = torch.linspace(0, len(windows) - 1, count).round().long().tolist()  # spread over the whole text
-        return DataLoader(Subset(windows, picks), batch_size=32)
+    def data(self) -> tuple[Dataset, Dataset]:
+        train, held_out = self.text()
+        length = self.size.options["length"]
+        return Windows(train, length), spread(Windows(held_out, length), self.size.options["held_out"])
 
     def tokens(self) -> int:
         return self.size.batch * self.size.options["length"]

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
-from eke_bench.workloads.base import Learner, Size, Workload, initialize
+from eke_bench.workloads.base import Learner, Size, Workload, initialize, shape
 from eke_bench.workloads.blocks import Block
 from eke_bench.workloads.vit import CLASSES, HEAD_WIDTH, SIDE, digits, patches
 
@@ -97,48 +97,28 @@ class Masked(Workload):
     metric = "probe_accuracy"
     unit = "probe accuracy"
     higher_is_better = True
+    val_batch = 250
     sizes: ClassVar[dict[str, Size]] = {
         "smoke": Size(
-            steps=24,
-            batch=16,
-            shape={"blocks": 1, "width": 64, "keep": 50},
-            smaller=({"blocks": 1, "width": 64, "keep": 25},),
-            lrs=(1e-3, 2e-3, 4e-3),
-            seeds=2,
-            evaluations=2,
-            options={"patch": 14},
+            steps=24, batch=16, shape=shape(1, 64, keep=50), smaller=shape(1, 64, keep=25), lrs=(1e-3, 2e-3, 4e-3),
+            seeds=2, evaluations=2, options={"patch": 14},
         ),
         "cpu": Size(
-            steps=1200,
-            batch=50,
-            shape={"blocks": 3, "width": 64, "keep": 25},
-            smaller=({"blocks": 1, "width": 64, "keep": 25},),
-            lrs=(5e-4, 1e-3, 2e-3),
+            steps=1200, batch=50, shape=shape(3, 64, keep=25), smaller=shape(1, 64, keep=25), lrs=(5e-4, 1e-3, 2e-3),
             options={"patch": 4},
         ),
         "gpu": Size(
-            steps=7998,
-            batch=250,
-            shape={"blocks": 8, "width": 256, "keep": 25},
-            smaller=({"blocks": 4, "width": 256, "keep": 25},),
-            lrs=(5e-4, 1e-3, 2e-3),
+            steps=7998, batch=250, shape=shape(8, 256, keep=25), smaller=shape(4, 256, keep=25), lrs=(5e-4, 1e-3, 2e-3),
             options={"patch": 4},
         ),
-    }
+    }  # fmt: skip
 
     def model(self, shape: Mapping[str, int], lr: float, steps: int) -> MAE:
         return MAE(**shape, patch=self.size.options["patch"], lr=lr, steps=steps)
 
-    def train_loader(self, seed: int) -> DataLoader:
-        images, classes, _, _ = digits()
-        order = torch.Generator().manual_seed(seed)
-        return DataLoader(
-            TensorDataset(images, classes), self.size.batch, shuffle=True, drop_last=True, generator=order
-        )
-
-    def val_loader(self) -> DataLoader:
-        _, _, images, classes = digits()
-        return DataLoader(TensorDataset(images, classes), batch_size=250)
+    def data(self) -> tuple[Dataset, Dataset]:
+        images, classes, held_out, held_classes = digits()
+        return TensorDataset(images, classes), TensorDataset(held_out, held_classes)
 
     @torch.no_grad()
     def finish(self, model: LightningModule) -> dict[str, float]:

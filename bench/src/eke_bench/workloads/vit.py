@@ -11,9 +11,9 @@ import torch
 from eke.spec import EkeError
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
-from eke_bench.workloads.base import Learner, Size, Workload, initialize
+from eke_bench.workloads.base import Learner, Size, Workload, initialize, shape
 from eke_bench.workloads.blocks import Block
 
 SIDE = 28
@@ -96,49 +96,28 @@ class Digits(Workload):
     metric = "val_accuracy"
     unit = "accuracy"
     higher_is_better = True
+    val_batch = 250
     sizes: ClassVar[dict[str, Size]] = {
         "smoke": Size(
-            steps=24,
-            batch=16,
-            shape={"blocks": 2, "width": 32},
-            smaller=({"blocks": 1, "width": 32},),
-            lrs=(2e-3, 4e-3, 8e-3),
-            seeds=2,
-            evaluations=2,
-            options={"patch": 14, "noise": 0.0},
+            steps=24, batch=16, shape=shape(2, 32), smaller=shape(1, 32), lrs=(2e-3, 4e-3, 8e-3),
+            deep=shape(2, 32), seeds=2, evaluations=2, options={"patch": 14, "noise": 0.0},
         ),
         "cpu": Size(
-            steps=1800,
-            batch=50,
-            shape={"blocks": 2, "width": 64},
-            smaller=({"blocks": 1, "width": 64},),
-            lrs=(5e-4, 1e-3, 2e-3),
-            options={"patch": 7, "noise": 0.0},
+            steps=1800, batch=50, shape=shape(2, 64), smaller=shape(1, 64), lrs=(5e-4, 1e-3, 2e-3),
+            deep=shape(4, 64), options={"patch": 7, "noise": 0.0},
         ),
         "gpu": Size(
-            steps=6000,
-            batch=200,
-            shape={"blocks": 6, "width": 192},
-            smaller=({"blocks": 3, "width": 192},),
-            lrs=(5e-4, 1e-3, 2e-3),
-            options={"patch": 4, "noise": 0.0},
+            steps=6000, batch=200, shape=shape(6, 192), smaller=shape(3, 192), lrs=(5e-4, 1e-3, 2e-3),
+            deep=shape(6, 192), options={"patch": 4, "noise": 0.0},
         ),
-    }
+    }  # fmt: skip
 
     def model(self, shape: Mapping[str, int], lr: float, steps: int) -> Learner:
         return ViT(**shape, patch=self.size.options["patch"], lr=lr, steps=steps)
 
-    def train_loader(self, seed: int) -> DataLoader:
-        images, classes, _, _ = digits()
-        order = torch.Generator().manual_seed(seed)
-        classes = noisy(classes, self.size.options["noise"])
-        return DataLoader(
-            TensorDataset(images, classes), self.size.batch, shuffle=True, drop_last=True, generator=order
-        )
-
-    def val_loader(self) -> DataLoader:
-        _, _, images, classes = digits()
-        return DataLoader(TensorDataset(images, classes), batch_size=250)
+    def data(self) -> tuple[Dataset, Dataset]:
+        images, classes, held_out, held_classes = digits()
+        return TensorDataset(images, noisy(classes, self.size.options["noise"])), TensorDataset(held_out, held_classes)
 
     def tokens(self) -> int:
         return self.size.batch * (1 + (SIDE // self.size.options["patch"]) ** 2)

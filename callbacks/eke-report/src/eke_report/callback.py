@@ -288,7 +288,7 @@ def _counting(
 
 
 def _allocated(pl_module: LightningModule) -> dict[str, int] | None:
-    """Where it was not counted: the allocator's own peak, of the whole process, on a card."""
+    """Where it was not counted: the allocator's own peak, of the whole process, on a GPU."""
     return {"total": torch.cuda.max_memory_allocated()} if pl_module.device.type == "cuda" else None
 
 

@@ -133,7 +133,7 @@ class Samples:
 
 
 class Chosen(Sampler[int]):
-    """Those of another sampler's samples that an epoch keeps, dealt out among processes afterwards.
+    """Those of another sampler's samples that an epoch keeps, distributed among processes afterwards.
 
     Samples are repeated from the front until they divide evenly, as torch's ``DistributedSampler`` does.
     """
@@ -169,7 +169,7 @@ class Chosen(Sampler[int]):
             return list(around)
         if not getattr(inner, "shuffle", True):
             return list(range(self.samples.count))
-        # As DistributedSampler draws it. A sampler that deals out by itself gives no order of all: it gets this one.
+        # As DistributedSampler draws it. A sampler that distributes by itself gives no order of all: it gets this one.
         generator = torch.Generator().manual_seed(getattr(inner, "seed", 0) + self.epoch)
         return torch.randperm(self.samples.count, generator=generator).tolist()
 

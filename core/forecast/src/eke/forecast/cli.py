@@ -1,4 +1,4 @@
-"""``eke forecast``: a step's memory before it is launched, what fits on a card, and what would make it fit."""
+"""``eke forecast``: a step's memory before it is launched, what fits a GPU, and what would make it fit."""
 
 from __future__ import annotations
 
@@ -43,12 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, metavar="N", help="tokens of a sample (default: those that TARGET gives)")
     parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches a step (default: 1)")
     parser.add_argument("--precision", default=None, metavar="P", help="the Trainer's, such as bf16-mixed")
-    parser.add_argument("--card", type=size, metavar="SIZE", help="of a card, such as 80GiB: say what fits on it")
+    parser.add_argument(
+        "--gpu-memory", "--card", type=size, metavar="SIZE", help="such as 80GiB: say what fits into it"
+    )
     parser.add_argument("--png", type=Path, metavar="FILE", help="stacked bars of what was tried")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the forecast; 0, or 1 where it does not fit on the card and nothing tried makes it."""
+    """Print the forecast; 0, or 1 where it does not fit into the GPU's memory and nothing tried makes it."""
     for name in ("ranks", "batch", "length", "accumulate"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -68,13 +70,13 @@ def run(options: argparse.Namespace) -> int:
     print(describe(options, given))
     bars: list[tuple[str, Forecast]] = [("as it is", given)]
     fits = True
-    if options.card:
+    if options.gpu_memory:
         samples = options.batch or first_size(setup.build)
-        words, more, fits = judge(setup, options.card, given, samples)
+        words, more, fits = judge(setup, options.gpu_memory, given, samples)
         print(words)
         bars += [(change.words, change.forecast) for change in more]
     if options.png:
-        draw(bars, options.card, options.png)
+        draw(bars, options.gpu_memory, options.png)
         print(f"Wrote {options.png}.")
     return 0 if fits else 1
 
@@ -92,17 +94,17 @@ def describe(options: argparse.Namespace, found: Forecast) -> str:
     return "\n".join(lines)
 
 
-def judge(setup: Setup, card: int, given: Forecast, samples: int) -> tuple[str, list[Change], bool]:
-    """What fits on a card, in words; what was tried for it; and whether anything fits."""
-    if given.total <= card:
-        batch, found = largest_batch(setup, card, given, samples)
-        spare, samples = human(card - given.total), "1 sample" if batch == 1 else f"{batch} samples"
-        words = f"On a card of {human(card)} it fits, with {spare} to spare. The largest batch that fits has {samples}"
-        return f"{words}, {human(found.total)}.", [], True
-    tried, fitting = make_fit(setup, card, given, samples)
+def judge(setup: Setup, memory: int, given: Forecast, samples: int) -> tuple[str, list[Change], bool]:
+    """What fits into a GPU's memory, in words; what was tried for it; and whether anything fits."""
+    if given.total <= memory:
+        batch, found = largest_batch(setup, memory, given, samples)
+        spare, samples = human(memory - given.total), "1 sample" if batch == 1 else f"{batch} samples"
+        words = f"Into {human(memory)} of GPU memory it fits, with {spare} to spare."
+        return f"{words} The largest batch that fits has {samples}, {human(found.total)}.", [], True
+    tried, fitting = make_fit(setup, memory, given, samples)
     rows = [("change", "costs", "peak", "")]
     rows += [(one.words, one.cost, human(one.forecast.total), "fits" if one is fitting else "") for one in tried]
-    over = f"On a card of {human(card)} it does not fit: {human(given.total - card)} too much."
+    over = f"Into {human(memory)} of GPU memory it does not fit: {human(given.total - memory)} too much."
     if fitting is None:
         least = min((one.forecast.total for one in tried), default=given.total)
         end = f"Nothing that was tried makes it fit; the least is {human(least)}."
@@ -164,8 +166,8 @@ COLOURS = {
 }  # fmt: skip
 
 
-def draw(bars: list[tuple[str, Forecast]], card: int | None, file: Path) -> None:
-    """Stacked bars, one for each run, with the card as a line.
+def draw(bars: list[tuple[str, Forecast]], memory: int | None, file: Path) -> None:
+    """Stacked bars, one for each run, with the GPU's memory as a line.
 
     Raises:
         EkeError: matplotlib is not installed.
@@ -186,11 +188,11 @@ def draw(bars: list[tuple[str, Forecast]], card: int | None, file: Path) -> None
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for place, (end, (_, found)) in enumerate(zip(left, bars, strict=True)):
         axes.text(end, place, f" {human(found.total)}", va="center", fontsize=8)
-    if card:
-        axes.axvline(card / unit, color="#a33", linewidth=1.2, label=f"card, {human(card)}")
+    if memory:
+        axes.axvline(memory / unit, color="#a33", linewidth=1.2, label=f"GPU memory, {human(memory)}")
     axes.set_yticks(range(len(bars)), names, fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.16 * max(largest, card or 0) / unit)
+    axes.set_xlim(0, 1.16 * max(largest, memory or 0) / unit)
     axes.set_xlabel(f"peak of a step, {name} in one process")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=6, fontsize=8, frameon=False)

@@ -2,8 +2,8 @@
 
 A Trainer runs two steps of the model under torch's fake tensors, which have a shape and no content, with as many
 processes as asked for, all but one of them made up. Strategy, precision, accumulation and techniques are those of the
-run itself, so that nothing has to be known about them here. Each allocation of the second step is taken down; by when
-it was made and how long it lived it counts as one cause or another.
+run itself, so that nothing has to be known about them here. Each allocation of the second step is recorded. Its cause
+is read from when in the step it was made and when it was freed.
 """
 
 from __future__ import annotations
