@@ -368,6 +368,7 @@ def fp8(book: Book) -> None:
             model = nn.Sequential(*(Block(width, width // 128 or 1, causal=True) for _ in range(2)))
             x = torch.randn(batch, length, width)
         if label != "bf16":
+            assert len(choose(model).taken) == 8, choose(model)
             for name in choose(model).taken:
                 put(model, name, build(model.get_submodule(name)))
         for part in model if compiled else ():

@@ -65,7 +65,8 @@ def choose(
     else:
         try:
             path = find_blocks(module).path
-            wanted, why = {name for name in linear if name.startswith(f"{path}.")}, "outside of the blocks"
+            inside = f"{path}." if path else ""  # a model may be its list of blocks
+            wanted, why = {name for name in linear if name.startswith(inside)}, "outside of the blocks"
         except BlocksError:
             wanted, why = set(list(linear)[1:-1]), "the first or the last"
     choice = Choice([], others)
