@@ -259,8 +259,11 @@ class Coordinator(Callback):
 
             def configure_model(call_next: Callable[..., Any]) -> None:
                 call_next()
-                for technique in altering:
-                    technique.alter_model(pl_module)
+                # Lightning calls it where new tensors lie on the GPU, to which a model that exists is not yet moved:
+                # what a technique puts beside it, or draws from a generator, is made on the CPU and moves with it.
+                with torch.device("cpu"):
+                    for technique in altering:
+                        technique.alter_model(pl_module)
 
             wrap(pl_module, "configure_model", configure_model, looks_overridden=True)
 
