@@ -28,6 +28,9 @@ REPO = Path(__file__).parents[1]
 HOME = REPO / "benchmarks" / "gpu"
 
 
+LEAST = 8.0  # seconds: less than that is not worth a start
+
+
 @dataclass(frozen=True)
 class Line:
     """One process.
@@ -90,7 +93,7 @@ def run(lines: list[Line], out: Path, device: str, end: float) -> dict[str, str]
     jobs = []
     for line in lines:
         seconds = min(line.seconds, end - time.monotonic() - 3)
-        if seconds < 8:
+        if seconds < LEAST:
             states[line.name] = "not begun: no time left"
             continue
         log = out / f"{line.name}.log"
