@@ -2,7 +2,7 @@ dists  := core bench $(patsubst %/pyproject.toml,%,$(wildcard core/*/pyproject.t
 python := .venv/bin/python
 pip    := $(python) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: train bench test test-gpu test-slow test-deepspeed isolated certify table format lint clean
+.PHONY: train bench gpu test test-gpu test-slow test-deepspeed isolated certify table format lint clean
 
 # The main job: train on the standard library's own source, side by side. Options: make train ARGS="--text notes.txt --plain-only"
 train: .venv/ready
@@ -11,6 +11,10 @@ train: .venv/ready
 # Each technique against its baseline and controls, into benchmarks/. Some hours; goes on where it was stopped. SIZE=smoke takes a minute.
 bench: .venv/ready
 	for folder in $(filter-out core core/%,$(dists)); do $(python) $$folder/benchmark.py --size $(or $(SIZE),cpu) --out benchmarks/$(or $(MACHINE),cpu-2core) $(ARGS) || exit 1; done
+
+# All that waits for a GPU, the most telling first: make gpu ARGS="--minutes 8". A machine without network: tools/wheels.py.
+gpu: .venv/ready
+	$(python) tools/gpu.py $(ARGS)
 
 # Everything but what needs a GPU or takes minutes. One file: make test ARGS=core/tests/test_spec.py
 test: .venv/ready

@@ -10,6 +10,7 @@ from eke.technique import Coordinator
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -312,3 +313,17 @@ def test_techniques_without_a_step_add_no_operators():
 
 def test_reading_the_clock_outside_a_run_gives_its_beginning():
     assert technique("one")().progress.steps == 0
+
+
+def test_a_technique_alters_the_model_on_the_cpu_wherever_lightning_makes_tensors():
+    class Elsewhere(SingleDeviceStrategy):
+        def tensor_init_context(self, empty_init=None):
+            return torch.device("meta")  # as the GPU's is the GPU
+
+    class Adds(technique("adds", "changes module tree")):
+        def alter_model(self, run):
+            self.made = torch.rand(2, generator=self.generator).device, nn.Linear(4, 4).weight.device
+
+    adds = Adds()
+    trainer(adds, strategy=Elsewhere("cpu"), accelerator="auto").fit(Net(), data())
+    assert adds.made == (torch.device("cpu"), torch.device("cpu"))

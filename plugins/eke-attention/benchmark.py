@@ -18,7 +18,7 @@ from eke_bench.workloads.blocks import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-SIZES = {"smoke": (64, 2, 2, 32), "cpu": (1024, 2, 4, 128), "gpu": (4096, 4, 8, 1024)}  # length, batch, blocks, width
+SIZES = {"smoke": (64, 2, 2, 32), "cpu": (1024, 2, 4, 128), "gpu": (4096, 1, 4, 1024)}  # length, batch, blocks, width
 PLAIN, SDPA, WINDOW = "attention written out", "SDPA", "window of 128"
 KINDS: dict[str, Callable[[], Attention]] = {
     SDPA: Attention,

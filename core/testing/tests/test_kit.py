@@ -155,6 +155,13 @@ def test_what_a_process_does_stays_in_it():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_process_whose_parent_has_met_a_card_sees_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert run_alone(torch.cuda.is_available)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert not run_alone(lambda: torch.cuda.is_available())
+
+
 # Runs
 
 

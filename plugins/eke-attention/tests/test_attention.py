@@ -21,6 +21,7 @@ from eke_attention import (
     SlidingWindow,
     ViTCoD,
     covering,
+    kernels,
     naive,
     pack,
     pairs,
@@ -33,6 +34,7 @@ from eke_attention.sites import install
 from lightning.pytorch import Trainer
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 CPU = torch.device("cpu")
@@ -122,6 +124,23 @@ def test_a_pattern_is_the_same_by_blocks_and_by_a_mask(pattern, causal, length):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
     fixed = one._replace(query=one.query.detach(), key=one.key.detach(), value=one.value.detach())
     torch.testing.assert_close(flex(fixed, blocks), wanted[0], rtol=1e-4, atol=1e-5)
+
+
+def test_flex_gets_the_heads_and_the_blocks_that_its_kernels_take_on_a_gpu(monkeypatch):
+    seen = []
+
+    def spy(query, key, value, block_mask, **options):
+        seen.append(([part.shape[-1] for part in (query, key, value)], block_mask.BLOCK_SIZE))
+        return flex_attention(query, key, value, block_mask=block_mask, **options)
+
+    monkeypatch.setattr(kernels, "_flex", lambda: spy)
+    losses = []
+    for kernel in ("flex", "masked"):
+        trainer = Trainer(callbacks=[Attention(SlidingWindow(3, block=4), kernel)], **QUIET)
+        losses.append(trainer.validate(TinyBlocks(), shuffled(Tokens(16)), verbose=False)[0]["val_loss"])
+    assert seen
+    assert all(sizes == [16, 16, 16] and block == (128, 128) for sizes, block in seen)  # of 8, and of 4
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_window_leaves_most_blocks_out():
@@ -563,14 +582,17 @@ def test_kernels_on_a_gpu_give_what_is_written_down(kernel):
 
 
 @pytest.mark.gpu
-def test_flex_trains_on_a_gpu():
+@pytest.mark.parametrize("size", [8, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flex_trains_on_a_gpu(size, dtype):
     torch.manual_seed(0)
-    one = call(queries=512, size=64, causal=True)
+    one = call(queries=512, size=size, causal=True, dtype=dtype)
     one = one._replace(
         **{name: getattr(one, name).detach().cuda().requires_grad_() for name in ("query", "key", "value")}
     )
     mod = SlidingWindow(100).mod(one, {}, True)
     blocks = block_pattern(mod, 1, 1, 512, 512, 128, one.query.device)
     wanted = gradients(lambda one: gathered(one, blocks), one)
+    tolerance = 1e-2 if dtype == torch.float32 else 0.1
     for mine, other in zip(gradients(lambda one: flex(one, blocks), one), wanted, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)

@@ -182,6 +182,8 @@ def test_layers_of_the_blocks_are_chosen_and_the_others_listed():
     assert "no multiples of 16" in choice.left["2"]
     assert choice.left["4"] == "the first or the last"
     assert "fewer than 64" in choose(plain, smallest=64).left["1"]
+    blocks = nn.Sequential(*TinyBlocks().blocks)  # the model is its list of blocks
+    assert set(choose(blocks).taken) == {name for name, part in blocks.named_modules() if isinstance(part, nn.Linear)}
     assert any("its weights alone" in why for why in choose(TinyTransformer()).left.values())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
@@ -64,8 +65,11 @@ class Wiring:
 
             def configure_model(call_next: Callable[..., Any]) -> None:
                 call_next()
-                for act in altering:
-                    act()
+                # Lightning calls it where new tensors lie on the GPU, to which a model that exists is not yet moved:
+                # what a technique puts beside it, or draws from a generator, is made on the CPU and moves with it.
+                with torch.device("cpu"):
+                    for act in altering:
+                        act()
 
             self.wrap(module, "configure_model", configure_model, looks_overridden=True)
 

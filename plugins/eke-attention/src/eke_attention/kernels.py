@@ -20,6 +20,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+FLEX_BLOCK = (
+    128  # FlexAttention's kernels take 16 to 128 at once, by card and head size, and refuse blocks that hold less
+)
+FLEX_SIZE = 16  # of a head: the least that a GPU multiplies
+
 Mod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # batch, head, query, key, as numbers: may they meet?
 
 
@@ -208,7 +213,9 @@ def flex(call: Call, pattern: BlockPattern) -> Tensor:
     )
     kernel = _compiled() if call.query.is_cuda else _flex()
     gqa = call.query.shape[1] != call.key.shape[1]
-    return kernel(call.query, call.key, call.value, block_mask=mask, scale=call.scale, enable_gqa=gqa)
+    # Zeros change no product, and what they add to the values is cut off.
+    parts = (F.pad(part, (0, max(0, FLEX_SIZE - part.shape[-1]))) for part in call[:3])
+    return kernel(*parts, block_mask=mask, scale=call.factor, enable_gqa=gqa)[..., : call.value.shape[-1]]
 
 
 def _flex() -> Callable[..., Tensor]:

@@ -5,6 +5,7 @@ Sources stand at the kernels and patterns. Survey section 4.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from eke_attention.entry import RECORD
 from eke_attention.kernels import (
+    FLEX_BLOCK,
     KERNELS,
     AttentionError,
     BlockPattern,
@@ -205,7 +207,10 @@ class Attention(TechniqueCallback):
         if call.causal:
             whole, mod = mod, lambda b, h, q, k: whole(b, h, q, k) & (k <= q)
         sizes = (1, 1) if self.pattern.fixed else (batch, heads if self.pattern.per_head else 1)
-        found = block_pattern(mod, *sizes, queries, keys, self.pattern.block, device)
+        size = self.pattern.block
+        if self._used == "flex":
+            size = math.ceil(size / FLEX_BLOCK) * FLEX_BLOCK
+        found = block_pattern(mod, *sizes, queries, keys, size, device)
         if self.pattern.fixed:
             self._fixed[known] = found
         return found

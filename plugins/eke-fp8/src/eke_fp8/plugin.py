@@ -70,7 +70,8 @@ def choose(
         wanted, why = set(match(linear, layers, "layers")), "not among layers"
     else:
         try:
-            paths = tuple(f"{plain(blocks.path)}." for blocks in find_all_blocks(module))
+            lists = [plain(blocks.path) for blocks in find_all_blocks(module)]
+            paths = tuple(f"{path}." if path else "" for path in lists)  # a model may be its list of blocks
             wanted, why = {name for name in linear if name.startswith(paths)}, "outside of the blocks"
         except BlocksError:
             wanted, why = set(list(linear)[1:-1]), "the first or the last"

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 def random_state() -> dict[str, int]:
     """Checksums of the global random states that user code draws from."""
     states = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
     if "numpy" in sys.modules:
         numpy = sys.modules["numpy"]
         states["numpy"] = [getattr(part, "tolist", lambda part=part: part)() for part in numpy.random.get_state()]
@@ -35,9 +37,12 @@ def checksum(value: Any) -> int:
 
 
 def copied(value: Any) -> Any:
-    """Copy nested data, each tensor detached; of a sharded one this process's part."""
+    """Copy nested data, each tensor detached and in CPU memory; of a sharded one this process's part.
+
+    States cross from process to process, and one that forks others must not have met the card.
+    """
     if isinstance(value, Tensor):
-        return local(value).clone()
+        return local(value).to("cpu", copy=True)
     if isinstance(value, Mapping):
         return {key: copied(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -84,7 +84,8 @@ def _run(jobs: list[tuple[Callable[[], Any], dict[str, str]]], timeout: float) -
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, str(number)) for number in range(len(jobs))]
         fork = multiprocessing.get_context("fork")
-        processes = [fork.Process(target=_work, args=(*job, file)) for job, file in zip(jobs, files, strict=True)]
+        met = torch.cuda.is_initialized()
+        processes = [fork.Process(target=_work, args=(*job, file, met)) for job, file in zip(jobs, files, strict=True)]
         try:
             for process in processes:
                 process.start()
@@ -95,11 +96,13 @@ def _run(jobs: list[tuple[Callable[[], Any], dict[str, str]]], timeout: float) -
         return _collect(processes, files, hung, timeout)
 
 
-def _work(function: Callable[[], Any], environment: dict[str, str], file: Path) -> None:
+def _work(function: Callable[[], Any], environment: dict[str, str], file: Path, met: bool) -> None:
     os.setpgid(0, 0)  # loader workers join this group, so that they can be ended with it
     _die_with_parent()
     os.environ.update(environment)
     torch.set_num_threads(1)  # a forked process cannot use the parent's thread pool
+    if met:  # nor the parent's card; Lightning asks for its random state wherever there is one
+        torch.cuda.is_available = lambda: False
     try:
         outcome = (True, function())
         content = pickle.dumps(outcome)

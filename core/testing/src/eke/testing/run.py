@@ -234,7 +234,7 @@ class Recorder(Callback):
         stepped = [weight for one in trainer.optimizers for group in one.param_groups for weight in group["params"]]
         gradients = [local(weight.grad).norm() for weight in stepped if weight.grad is not None]
         self.now["gradient norm"] = float(torch.stack(gradients).norm()) if gradients else None
-        self.weights = {name: local(tensor).clone() for name, tensor in tensors(model)}
+        self.weights = {name: copied(tensor) for name, tensor in tensors(model)}
 
     def on_train_end(self, trainer: Trainer, model: LightningModule) -> None:
         self.end = {
@@ -246,10 +246,10 @@ class Recorder(Callback):
             path = Path(folder, "end.ckpt")
             trainer.save_checkpoint(path)
             if path.exists():  # only the first rank writes
-                self.end["saved"] = _training_state(torch.load(path, weights_only=False))
+                self.end["saved"] = _training_state(torch.load(path, map_location="cpu", weights_only=False))
 
     def state(self, trainer: Trainer) -> dict[str, Any]:
-        weights = {name: local(tensor).clone() for name, tensor in tensors(trainer.lightning_module)}
+        weights = {name: copied(tensor) for name, tensor in tensors(trainer.lightning_module)}
         return {"steps": self.steps, "weights": weights, **self.end}
 
 
