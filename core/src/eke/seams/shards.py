@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint as sharded_files
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from eke.seams.names import plain
+
 PREFIX = "eke/"
 
 
@@ -40,14 +42,9 @@ def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.to(like.device)
 
 
-def plain_name(name: str) -> str:
-    """The name that a tensor has without ``torch.compile`` around the modules that hold it."""
-    return name.replace("_orig_mod.", "")
-
-
 def parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter by every one of its names: a tied one comes several times."""
-    return {plain_name(name): one for name, one in module.named_parameters(remove_duplicate=False)}
+    return {plain(name): one for name, one in module.named_parameters(remove_duplicate=False)}
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
