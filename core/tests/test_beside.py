@@ -13,8 +13,10 @@ GROWS = eke.Technique(name="grows", kind="callback", effects=("replaces module t
 ADAPTS = eke.Technique(name="adapts", kind="callback", effects=("changes module tree", "replaces requires_grad"))
 CHOOSES = eke.Technique(name="chooses", kind="callback", effects=("replaces samples", "changes learning rate"))
 SPARSE = eke.Technique(name="sparse", kind="callback", effects=("changes weights",))
-SHARDS = eke.Technique(name="shards", kind="strategy", effects=("replaces sharding",))
-HARMLESS = eke.Technique(name="harmless", kind="callback", effects=("changes batch", "reads weights", "changes loss"))
+SHARDS = eke.Technique(name="shards", kind="strategy", effects=("replaces parameter sharding",))
+HARMLESS = eke.Technique(
+    name="harmless", kind="callback", effects=("changes batch content", "reads weights", "changes loss")
+)
 
 
 class MyEMA(lightning.EMAWeightAveraging):

@@ -268,7 +268,7 @@ def test_what_cannot_be_had_is_refused_in_words():
         run(Early())
     with pytest.raises(CalibrationError, match="an epoch has 6 batches here, and 9 were asked for"):
         run(Calibrates(9))
-    with pytest.raises(CalibrationError, match="no parameter's name meets 'nett.\\*'. Near"):
+    with pytest.raises(CalibrationError, match="names='nett.\\*' meets no name. Near"):
         run(Calibrates(names="nett.*"))
     with pytest.raises(CalibrationError, match="batches is empty"):
         run(Calibrates(0))

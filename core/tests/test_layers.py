@@ -49,10 +49,10 @@ def test_layers_of_a_kind_are_found_but_for_those_that_nobody_calls():
     assert len(find_layers(Flat())) == 3 * 6 + 1
     assert list(find_layers(gpt2().model.transformer.h[0])) == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
     assert list(find_layers(torch_encoder().model.layers[0])) == ["linear1", "linear2"]
-    assert list(find_layers(Flat(), ["head", "*.wq"])) == ["blocks.0.wq", "blocks.1.wq", "blocks.2.wq", "head"]
-    assert list(find_layers(Flat(), kinds=["Embedding"])) == ["embed"]
+    assert list(find_layers(Flat(), patterns=["head", "*.wq"])) == ["blocks.0.wq", "blocks.1.wq", "blocks.2.wq", "head"]
+    assert list(find_layers(Flat(), [nn.Embedding])) == ["embed"]
     with pytest.raises(NamesError, match="layers='w_q' meets no name. Near it are blocks.0.wq"):
-        find_layers(Flat(), "w_q")
+        find_layers(Flat(), patterns="w_q")
 
 
 def test_a_swapped_layer_has_the_parameters_the_keys_and_the_mode_of_the_old_one(build):
@@ -79,7 +79,7 @@ def test_a_swapped_layer_has_the_parameters_the_keys_and_the_mode_of_the_old_one
 
 def test_copied_and_pickled_models_can_be_taken_back(build):
     model = Flat()
-    swap(model, find_layers(model, "*.wq"), build, "test")
+    swap(model, find_layers(model, patterns="*.wq"), build, "test")
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         restore(twin, "test")
         assert type(twin.blocks[1].wq) is nn.Linear

@@ -42,7 +42,7 @@ CALLBACKS = (
         {
             "module tree": _COPIES,
             "weights-at-eval": "both put other weights in place for validation and for saved models",
-            "sharding": "it copies the module before it is sharded",
+            "parameter sharding": "it copies the module before it is sharded",
         },
         "Leave it out, or average by a technique of Eke's, which follows growth and shards.",
     ),
@@ -54,7 +54,7 @@ CALLBACKS = (
             "weights-at-eval": "both put other weights in place at the end",
             "learning rate": "it puts a schedule of its own in the place of all others in mid-run",
             "samples": "it counts epochs and batches of its own, and the lengths of epochs change",
-            "sharding": "it copies the module before it is sharded",
+            "parameter sharding": "it copies the module before it is sharded",
         },
         "Leave it out, or average by a technique of Eke's, which follows growth and shards.",
         "a run that resumes was seen to end at other weights than an unbroken one.",
@@ -77,7 +77,7 @@ CALLBACKS = (
         {
             "module tree": "it gives weights other names (weight_orig) in mid-run",
             "weights": "both decide what weights are after a step",
-            "sharding": "it gives parameters other names in mid-run",
+            "parameter sharding": "it gives parameters other names in mid-run",
         },
         "Leave it out, or prune by a technique that claims masks of Eke's.",
     ),

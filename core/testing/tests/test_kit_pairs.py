@@ -119,7 +119,7 @@ def test_groups_hold_every_pair_and_none_that_does_not_fit():
 def test_two_share_what_one_of_them_writes():
     reads, writes, other = (
         Technique(name=name, kind="callback", effects=(effect,))
-        for name, effect in (("a", "reads loss"), ("b", "changes loss"), ("c", "changes batch"))
+        for name, effect in (("a", "reads loss"), ("b", "changes loss"), ("c", "changes batch content"))
     )
     assert share(reads, writes)
     assert share(writes, reads)

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eke.seams.names import plain
 from eke.seams.scoring import evaluating
-from eke.seams.shards import laid_out, load_parts, local, nearest, plain_name, reshard, save_parts
+from eke.seams.shards import laid_out, load_parts, local, nearest, reshard, save_parts
 from eke.seams.state import rng_state, set_rng_state
 from eke.spec import EkeError
 
@@ -105,7 +106,7 @@ class _Average:
         """
         self._take_up()
         tensors = {
-            f"{number}/{plain_name(name)}": slot[place]
+            f"{number}/{plain(name)}": slot[place]
             for number, slot in enumerate(self._slots)
             for name, place, _ in self._first_names()
             if place in slot
@@ -190,10 +191,10 @@ class _Average:
         reshard(self.module)
         here: dict[str, tuple[Hashable, Tensor]] = {}
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
-            here[plain_name(name)] = parameter, parameter
+            here[plain(name)] = parameter, parameter
         for place, owner in self.module.named_modules(remove_duplicate=False):
             for name, buffer in owner.named_buffers(recurse=False):
-                here[plain_name(f"{place}.{name}" if place else name)] = (owner, name), buffer
+                here[plain(f"{place}.{name}" if place else name)] = (owner, name), buffer
         names = list(saved.get("tensors") or saved.get("sharded") or ())
         like = {}
         for numbered in names:

@@ -20,7 +20,6 @@ import traceback
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from eke import compat
+from eke.seams.names import NamesError, match_parameters, plain
 from eke.seams.scoring import evaluating
-from eke.seams.shards import DTensor, local, nearest, plain_name
+from eke.seams.shards import DTensor, local
 from eke.seams.state import rng_state, set_rng_state
 from eke.seams.step import loss_of, muted
 from eke.seams.trial import Snapshot, check_steppable, of_run, step_arguments, to_device
@@ -150,18 +150,11 @@ def gradients(
     check_steppable(trainer, "a pass for gradients")
     if not batches:
         raise CalibrationError("batches is empty: gradients need one batch or more.")
-    everything = {plain_name(name): one for name, one in module.named_parameters()}
-    patterns = (names,) if isinstance(names, str) else tuple(names)
-    for pattern in patterns:
-        if not any(fnmatch(name, pattern) for name in everything):
-            raise CalibrationError(
-                f"no parameter's name meets {pattern!r}. Near to it: {nearest(pattern, everything)}."
-            )
-    chosen = {
-        name: one
-        for name, one in everything.items()
-        if (any(fnmatch(name, pattern) for pattern in patterns) if patterns else one.requires_grad)
-    }
+    try:
+        chosen = match_parameters(module, names, "names") if names else {}
+    except NamesError as error:
+        raise CalibrationError(str(error)) from None
+    chosen = chosen or {plain(name): one for name, one in module.named_parameters() if one.requires_grad}
     snapshot, state = Snapshot(*of_run(trainer), light=_unmoved(trainer, module)), rng_state()
     try:
         for one in chosen.values():

@@ -7,13 +7,13 @@ and kept beside the model they would fill the card. They wait in CPU memory, or 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from eke.seams.names import NamesError, match_parameters, meets
 from eke.seams.shards import DTensor, load_parts, local, nearest, parameters, save_parts
 from eke.spec import EkeError
 
@@ -53,10 +53,10 @@ class InitialWeights:
         self.file = None if file is None else Path(file)
         self.kept: dict[str, Tensor] = {}  # this process's parts, on the CPU
         self._waiting: tuple[Mapping[str, Any], str | Path | None] | None = None
-        known = parameters(module)
-        for pattern in self.patterns:
-            if not any(fnmatch(name, pattern) for name in known):
-                raise InitialError(f"no parameter's name meets {pattern!r}. Near to it: {nearest(pattern, known)}.")
+        try:
+            match_parameters(module, self.patterns, "names")
+        except NamesError as error:
+            raise InitialError(str(error)) from None
 
     def keep(self) -> None:
         """Remember the weights as they are now, in place of what was kept before."""
@@ -78,18 +78,16 @@ class InitialWeights:
             raise InitialError("no weights were kept: call keep() at the step to which a rewind should go.")
         patterns = (names,) if isinstance(names, str) else tuple(names)
         now = parameters(self.module)
-        for name, value in self.kept.items():
-            if not any(fnmatch(name, pattern) for pattern in patterns):
-                continue
+        chosen = {name: value for name, value in self.kept.items() if any(meets(name, one) for one in patterns)}
+        for name, value in chosen.items():
             if name not in now or local(now[name]).shape != value.shape:
                 found = f"has shape {tuple(local(now[name]).shape)}" if name in now else "is gone"
                 raise InitialError(
                     f"{name!r} was kept with shape {tuple(value.shape)} and {found}: a model that has grown, or is "
                     "sharded otherwise, cannot be rewound. Keep its weights after the change."
                 )
-        for name, value in self.kept.items():
-            if any(fnmatch(name, pattern) for pattern in patterns):
-                local(now[name]).copy_(value)
+        for name, value in chosen.items():
+            local(now[name]).copy_(value)
 
     def state_dict(self, checkpoint: dict[str, Any] | None = None, key: str = "initial") -> dict[str, Any]:
         """Tensors and plain values. Where parameters are sharded, every process has to call it.
@@ -114,11 +112,7 @@ class InitialWeights:
         self._waiting = state["saved"], path
 
     def _chosen(self) -> dict[str, nn.Parameter]:
-        found: dict[int, tuple[str, nn.Parameter]] = {}
-        for name, parameter in parameters(self.module).items():
-            if any(fnmatch(name, pattern) for pattern in self.patterns):
-                found.setdefault(id(parameter), (name, parameter))
-        return dict(found.values())
+        return match_parameters(self.module, self.patterns, "names")
 
     def _take_up(self) -> None:
         if self._waiting is None:

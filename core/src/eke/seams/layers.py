@@ -29,8 +29,8 @@ class LayersError(EkeError, ValueError):
 
 def find_layers(
     module: nn.Module,
+    kinds: Iterable[str | type[nn.Module]] = LINEAR,
     patterns: str | Iterable[str] | None = None,
-    kinds: Iterable[str] = LINEAR,
     argument: str = "layers",
 ) -> dict[str, nn.Module]:
     """The layers of a kind, by plain name, but for those inside of ``nn.MultiheadAttention``, which reads their weights
@@ -38,8 +38,8 @@ def find_layers(
 
     Args:
         module: Any.
+        kinds: Classes, or their names. A subclass is another kind.
         patterns: As :func:`~eke.seams.names.match` has them. None takes all.
-        kinds: Names of classes; a subclass of another name is another kind.
         argument: What the user calls the patterns.
 
     Raises:
@@ -47,10 +47,11 @@ def find_layers(
     """
     inside = {id(part) for whole in module.modules() if isinstance(whole, nn.MultiheadAttention)
               for part in whole.modules()}  # fmt: skip
+    kinds = set(kinds)
     found = {
         plain(name): part
         for name, part in module.named_modules()
-        if type(part).__name__ in tuple(kinds) and id(part) not in inside
+        if not kinds.isdisjoint((type(part), type(part).__name__)) and id(part) not in inside
     }
     if patterns is None:
         return found

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from eke.seams.shards import DTensor, laid_out, local, nearest, parameters, plain_name, whole
+from eke.seams.names import plain
+from eke.seams.shards import DTensor, laid_out, local, nearest, parameters, whole
 from eke.spec import EkeError
 
 
@@ -177,7 +178,7 @@ class Masks:
     def masked(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Other weights of the same names with the masks on: an average over several masks is denser than each."""
         found = dict(weights)
-        names = {plain_name(name): name for name in weights}
+        names = {plain(name): name for name in weights}
         owners = parameters(self.module)
         for name in self.names:
             for alias in (one for one, parameter in owners.items() if parameter is owners[name] and one in names):
@@ -254,7 +255,7 @@ class Masks:
     def _find(self, name: str) -> tuple[nn.Parameter, str]:
         """A parameter by any of its names, and the first of them."""
         now = parameters(self.module)
-        name = plain_name(name)
+        name = plain(name)
         if name not in now:
             raise MasksError(f"the module has no parameter {name!r} to mask. Near to it: {nearest(name, now)}.")
         parameter = now[name]

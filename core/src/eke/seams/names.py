@@ -77,7 +77,7 @@ def match(names: Iterable[str], patterns: str | Iterable[str], argument: str = "
     bare = {name: plain(name) for name in names}
     met: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = [name for name in names if _meets(bare[name], plain(pattern))]
+        found = [name for name in names if meets(bare[name], plain(pattern))]
         if not found:
             raise NamesError(_nothing(pattern, list(bare.values()), argument))
         met.update(found)
@@ -107,7 +107,7 @@ def match_parameters(module: Any, patterns: str | Iterable[str], argument: str =
         except NamesError:
             if _is_wild(pattern):
                 raise
-            found = [name for holder in holders if _meets(holder, plain(pattern)) for name in holders[holder]]
+            found = [name for holder in holders if meets(holder, plain(pattern)) for name in holders[holder]]
             if not found:
                 raise
         met.update(known[name] for name in found)
@@ -127,9 +127,10 @@ def _is_wild(pattern: str) -> bool:
     return any(sign in pattern for sign in "*?[")
 
 
-def _meets(name: str, pattern: str) -> bool:
+def meets(name: str, pattern: str) -> bool:
+    """Whether a plain name meets a pattern, as :func:`match` says."""
     if "|" in pattern:
-        return any(_meets(name, one) for one in pattern.split("|"))
+        return any(meets(name, one) for one in pattern.split("|"))
     if _is_wild(pattern):
         return fnmatchcase(name, pattern)
     return f".{name}".endswith(f".{pattern}")
@@ -147,7 +148,7 @@ def _nothing(pattern: str, names: list[str], argument: str) -> str:
     core = pattern.strip("*?.")
     near = [name for name in names if core and core in name]
     near += [name for span in get_close_matches(core, spans, n=5, cutoff=0.6) for name in spans[span]]
+    kind = "Near it" if near else "There"
     near = list(dict.fromkeys(near or names))
     shown = ", ".join(near[:4]) + (f" and {len(near) - 4} more" if len(near) > 4 else "")
-    kind = "Near it" if len(near) < len(names) else "There"
     return f"{argument}={pattern!r} meets no name. {kind} {'is' if len(near) == 1 else 'are'} {shown}."

@@ -18,6 +18,8 @@ from torch.distributed import checkpoint as sharded_files
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from eke.seams.names import plain
+
 PREFIX = "eke/"
 
 
@@ -41,11 +43,6 @@ def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.to(like.device)
 
 
-def plain_name(name: str) -> str:
-    """The name that a tensor has without ``torch.compile`` around the modules that hold it."""
-    return name.replace("_orig_mod.", "")
-
-
 def reshard(module: nn.Module) -> None:
     """Let FSDP2 put away what it has gathered: after a pass without backward, as in validation, the module's parameters
     are gathered copies, and not those that train."""
@@ -57,7 +54,7 @@ def reshard(module: nn.Module) -> None:
 def parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter by every one of its names: a tied one comes several times."""
     reshard(module)
-    return {plain_name(name): one for name, one in module.named_parameters(remove_duplicate=False)}
+    return {plain(name): one for name, one in module.named_parameters(remove_duplicate=False)}
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

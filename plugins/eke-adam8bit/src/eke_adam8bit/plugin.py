@@ -9,12 +9,12 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from fnmatch import fnmatch
 from functools import partial
 from typing import Any
 
 import torch
 from eke import NoEffectWarning, Run, TechniqueCallback
+from eke.seams.names import NamesError, match_parameters
 from eke.strategies import imposed
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
@@ -155,15 +155,11 @@ class Adam8bit(TechniqueCallback):
             )
 
     def _kept(self, module: LightningModule) -> list[Tensor]:
-        named = dict(module.named_parameters())
-        for pattern in self.keep_32bit:
-            if not any(fnmatch(name, pattern) for name in named):
-                raise MisconfigurationException(
-                    f"keep_32bit names {pattern!r}, and {type(module).__name__} has no such parameter. "
-                    f"It has {', '.join(list(named)[:8])}{', ...' if len(named) > 8 else ''}."
-                )
-        chosen = [p for name, p in named.items() if any(fnmatch(name, pattern) for pattern in self.keep_32bit)]
-        return [*embeddings(module), *chosen]
+        try:
+            chosen = match_parameters(module, self.keep_32bit, "keep_32bit")
+        except NamesError as error:
+            raise MisconfigurationException(str(error)) from None
+        return [*embeddings(module), *chosen.values()]
 
     def _summary(self, optimizer: Optimizer, quantized: list[Tensor], everything: list[Tensor]) -> str:
         how = ""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from eke.seams.names import plain
 from eke.technique import techniques
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -288,7 +289,7 @@ def by_name(state: dict[str, Any], optimizer: Optimizer, module: nn.Module) -> d
     Raises:
         ZeROError: they are others.
     """
-    names = {id(p): name.replace("_orig_mod.", "") for name, p in module.named_parameters()}
+    names = {id(p): plain(name) for name, p in module.named_parameters()}
     groups = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
     saved = [group["params"] for group in state["param_groups"]]
     before, now = [len(group) for group in saved], [len(group) for group in groups]
