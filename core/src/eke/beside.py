@@ -66,7 +66,7 @@ CALLBACKS = (
             "module tree": "it freezes modules when the run opens and adds groups to the optimizer in mid-run, which "
             "do not follow modules that are put in or grow",
             "requires_grad": "both decide which weights train",
-            "sharding": "the groups that it adds hold parameters as they were before sharding",
+            "parameter sharding": "the groups that it adds hold parameters as they were before sharding",
         },
         "Leave it out, or freeze by what configure_optimizers gives to the optimizer.",
         "after a resume, what it has unfrozen is frozen again: a fault of Lightning's (issue 21901).",

@@ -11,8 +11,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from eke import compose, strategies
+from eke import beside, compose, strategies
 from eke.spec import Technique
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ def check(techniques: list[TechniqueCallback], runs: dict[str, Run], trainer: Tr
     """
     if any(run.fitting for run in runs.values()):
         strategies.check(techniques, trainer.strategy)
+        beside.check(trainer.callbacks, records(techniques, trainer))
+        for note in beside.notes(trainer.callbacks):
+            rank_zero_info(note)
     for technique in techniques:
         run = runs[type(technique).technique.name]
         if run.fitting:
