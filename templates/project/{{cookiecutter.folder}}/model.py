@@ -85,8 +85,10 @@ class ByteGPT(LightningModule):
         matrices = [weight for weight in self.parameters() if weight.ndim >= 2]
         vectors = [weight for weight in self.parameters() if weight.ndim < 2]
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-        # fused: on a CPU torch otherwise picks a Python loop that takes five times as long.
-        optimizer = torch.optim.AdamW(groups, lr=self.hparams.lr, betas=(0.9, 0.95), fused=True)
+        # fused: on a CPU torch otherwise picks a Python loop that takes five times as long. Under mixed precision
+        # Lightning refuses to clip the gradients of one that could unscale them by itself, as fused ones can.
+        fused = not str(self.trainer.precision).endswith("mixed")
+        optimizer = torch.optim.AdamW(groups, lr=self.hparams.lr, betas=(0.9, 0.95), fused=fused)
         steps = int(self.trainer.estimated_stepping_batches)
         rise = max(1, round(self.hparams.warmup * steps))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps, rise))
