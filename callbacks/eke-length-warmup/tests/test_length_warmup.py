@@ -7,7 +7,7 @@ import pytest
 import torch
 from eke.testing import TinyBlocks, TinyViT, fit
 from eke.testing.data import VOCABULARY
-from eke_length_warmup import SequenceError, LengthWarmup, length_at, row_length, shorten, split, token_progress
+from eke_length_warmup import LengthWarmup, SequenceError, length_at, row_length, shorten, split, token_progress
 from eke_length_warmup.sequence import find_sequences, windows
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn import functional as F

@@ -378,7 +378,7 @@ def test_models_that_it_cannot_serve_are_refused_before_the_first_step():
             self.encoder = nn.TransformerEncoder(layer, 4)
 
     with pytest.raises(ValueError, match="the attention has the batch second"):
-        fit(TimeFirst(), RandomLTD())
+        RandomLTD().alter_model(eke.Run(RandomLTD(), None, TimeFirst()))
 
 
 def test_windows_of_an_image_are_refused():

@@ -16,7 +16,6 @@ import torch
 from eke import EkeError, Run, Technique, TechniqueCallback, compat
 from eke.seams import interceptor
 from eke.seams.blocks import Blocks
-from eke.seams.progress import Until
 from eke.seams.patches import (
     PatchEmbedding,
     PatchesError,
@@ -26,6 +25,7 @@ from eke.seams.patches import (
     one_of,
     relative_positions,
 )
+from eke.seams.progress import Until
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -66,8 +66,8 @@ class MAE(TechniqueCallback):
             ``"simmim"``: hidden squares are replaced by a learned token in the encoder, a linear map gives their
             pixels. ``"beit"``: hidden rectangles, likewise, and the map gives which of ``classes`` visual words they
             are, as ``tokenizer`` says.
-        duration: How long it pretrains: a share of the run up to 1, a number of optimizer steps, or words. Then the user's own
-            step takes over, on all patches.
+        duration: How long it pretrains: a share of the run up to 1, a number of optimizer steps, or words. Then the
+            user's own step takes over, on all patches.
         decoder_width: Of the decoder of ``"mae"``, a multiple of 4. By default half of the encoder's.
         decoder_depth: Blocks of it.
         decoder_heads: Heads of each; its width is a multiple of them.

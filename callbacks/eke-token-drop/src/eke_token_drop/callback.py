@@ -108,8 +108,8 @@ class TokenDrop(TechniqueCallback):
         of_text = any(isinstance(part, nn.Embedding) for part in outside)
         if of_text and not any(isinstance(part, _ConvNd) for part in outside):
             raise PatchesError(
-                f"{type(pl_module).__name__} embeds tokens by number and cuts no images: it has no patches. TokenDrop is "
-                "for images; on texts, eke-random-ltd leaves tokens out of the middle blocks."
+                f"{type(pl_module).__name__} embeds tokens by number and cuts no images: it has no patches. TokenDrop "
+                "is for images; on texts, eke-random-ltd leaves tokens out of the middle blocks."
             )
         for one in entrances:
             if pairs := relative_positions(one.blocks.container):
