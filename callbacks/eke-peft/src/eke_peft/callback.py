@@ -76,7 +76,7 @@ class PEFT(TechniqueCallback):
             ``train``); for Hugging Face models also ``"prompt"``, ``"prefix"``, ``"p-tuning"``; or any configuration
             of peft's.
         settings: Of the method: those of peft's configuration; ``width`` and ``after_attention`` of adapters;
-            ``tokens``, ``deep``, ``prefix`` and ``dropout`` of vpt; ``dimension`` of intrinsic.
+            ``tokens``, ``deep``, ``prefix`` and ``dropout`` of vpt; ``dimension`` and ``parameters`` of intrinsic.
         targets: Dotted names of the layers, inside ``host``; for bitfit, patterns of biases. By default all linear
             layers of the blocks; for adapters those that end attention and MLP; for ia3 keys, values and the MLP's end.
         train: Patterns of names of further parameters that train, such as ``"head.*"``. By default what lies
@@ -235,7 +235,7 @@ class PEFT(TechniqueCallback):
             layers = len(blocks) if own["deep"] else 1
             pl_module.add_module(PROMPTS, Prompts(layers, own["tokens"], width, patch_size(host), own["dropout"]))
         elif self.method == "intrinsic":
-            put_intrinsic(host, self.targets or linear_layers(host, self.blocks), own["dimension"], seed=0)
+            put_intrinsic(host, self._moved(pl_module, path, host, own["parameters"]), own["dimension"], seed=0)
         else:
             self._put_library(pl_module, path, host)
 
@@ -320,6 +320,20 @@ class PEFT(TechniqueCallback):
 
     def _targets(self, host: nn.Module) -> list[str]:
         return self.targets or linear_layers(host, self.blocks)
+
+    def _moved(self, pl_module: LightningModule, path: str, host: nn.Module, parameters: str) -> list[str]:
+        """Names in the host of the parameters that intrinsic dimension moves."""
+        if parameters not in ("blocks", "all") or (parameters == "all" and self.targets):
+            raise PEFTError(
+                f"settings={{'parameters': {parameters!r}}} with targets={self.targets!r}: give 'blocks', the linear "
+                "weights of blocks or of the targets, or 'all' without targets."
+            )
+        if parameters == "blocks":
+            return [f"{name}.weight" for name in self._targets(host)]
+        inside = f"{path}." if path else ""
+        names = [name.removeprefix(inside) for name in self._frozen(pl_module, path, host) if name.startswith(inside)]
+        # The LightningModule's own class is not exchanged, which a parameter right in it would need.
+        return [name for name in names if (path or "." in name) and host.get_parameter(name).is_floating_point()]
 
     def _frozen(self, pl_module: LightningModule, path: str, host: nn.Module) -> dict[str, nn.Parameter]:
         """Parameters of the model as it came that will not train, by name."""

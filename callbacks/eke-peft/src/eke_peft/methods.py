@@ -56,7 +56,7 @@ OWN: dict[str, dict[str, Any]] = {
     "bitfit": {},
     "adapters": {"width": 64, "after_attention": True},
     "vpt": {"tokens": 5, "deep": False, "prefix": 1, "dropout": 0.0},
-    "intrinsic": {"dimension": 1000},
+    "intrinsic": {"dimension": 1000, "parameters": "blocks"},
 }
 TASKS = {
     "SequenceClassification": "SEQ_CLS", "ImageClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS",
@@ -267,10 +267,17 @@ def _remove(count: int, prefix: int, hidden: Tensor) -> Tensor:
 class Fastfood(nn.Module):
     """Adds to a weight a random linear map of a few numbers, H G P H B z, structured so that it is never stored whole.
 
+    Each number moves a weight along a direction of length 1, however large the weight is.
+
     Args:
         numbers: The numbers, shared by all weights.
         shape: Of the weight.
         seed: Of the map.
+
+    Source:
+        Aghajanyan et al. 2020, section 3, and ``fastfood_torched`` of
+        https://github.com/rabeehk/compacter, which divides by ``sqrt(LL sum(G^2)) sqrt(DD / LL)``. There one transform
+        has the size of the weight; here it has that of the numbers and is drawn anew for each part of the weight.
     """
 
     def __init__(self, numbers: nn.Parameter, shape: torch.Size, seed: int) -> None:
@@ -290,7 +297,8 @@ class Fastfood(nn.Module):
         padded = F.pad(self.numbers.float(), (0, self.size - self.numbers.numel()))
         mixed = walsh_hadamard(padded * self.signs)
         mixed = walsh_hadamard(mixed.gather(1, self.order) * self.gauss)
-        mixed = mixed / (self.gauss.norm(dim=1, keepdim=True) * math.sqrt(self.size))
+        mixed = mixed / (self.gauss.norm(dim=1, keepdim=True) * math.sqrt(self.size))  # each part of length 1
+        mixed = mixed / math.sqrt(weight.numel() / self.size)
         return weight + mixed.flatten()[: weight.numel()].view(self.shape).to(weight.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -310,22 +318,42 @@ def walsh_hadamard(rows: Tensor) -> Tensor:
 
 
 def put_intrinsic(host: nn.Module, names: Iterable[str], dimension: int, seed: int) -> None:
-    """Let all these weights move together along a few random directions."""
+    """Let all these parameters move together along a few random directions.
+
+    Args:
+        names: Of parameters, such as ``"blocks.0.fc1.weight"``. One that several modules share moves in all of them.
+        dimension: How many directions.
+        seed: Of them.
+    """
     numbers = nn.Parameter(torch.zeros(dimension))
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for part in host.modules():
+        for local, parameter in part._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((part, local))
     for place, name in enumerate(names):
-        layer = host.get_submodule(name)
-        if isinstance(layer, nn.MultiheadAttention):
+        path, _, local = name.rpartition(".")
+        layer = host.get_submodule(path)
+        if local == "weight" and isinstance(layer, nn.MultiheadAttention):
             raise PEFTError(
-                f"{name!r} is an nn.MultiheadAttention, whose weights are several. Name other targets=[...]."
+                f"{path!r} is an nn.MultiheadAttention, whose weights are several. Name other targets=[...]."
             )
-        parametrize.register_parametrization(layer, "weight", Fastfood(numbers, layer.weight.shape, seed + place))
+        parameter = getattr(layer, local)
+        for part, own in owners[id(parameter)]:
+            parametrize.register_parametrization(part, own, Fastfood(numbers, parameter.shape, seed + place))
 
 
 def remove_intrinsic(host: nn.Module) -> None:
-    """Leave each weight where it has moved to."""
+    """Leave each parameter where it has moved to."""
+    moved: set[int] = set()
     for part in list(host.modules()):
-        if parametrize.is_parametrized(part, "weight") and isinstance(part.parametrizations.weight[0], Fastfood):
-            parametrize.remove_parametrizations(part, "weight", leave_parametrized=True)
+        if not parametrize.is_parametrized(part):
+            continue
+        for name, one in list(part.parametrizations.items()):
+            if isinstance(one[0], Fastfood):  # of a parameter that several share, the first owner leaves it moved
+                original = one.original
+                parametrize.remove_parametrizations(part, name, leave_parametrized=id(original) not in moved)
+                moved.add(id(original))
 
 
 def close_fast_path(layer: nn.TransformerEncoderLayer) -> None:
