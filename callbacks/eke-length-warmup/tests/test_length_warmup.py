@@ -275,6 +275,13 @@ def test_a_step_that_fails_on_what_was_left_whole_says_so():
         fit(Named(), LengthWarmup(4, duration=100, multiple=4))
     fit(Named(), LengthWarmup(4, duration=100, multiple=4, sequence=["input_ids", "tags"]))
 
+    class Wrong(Named):
+        def loss(self, batch):
+            raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="^mine$"):
+        fit(Wrong(), LengthWarmup(4, duration=100, multiple=4))
+
 
 def test_rows_put_end_to_end_are_the_sequence_without_its_rest():
     rows = split([IDS, IDS + 1], 5)

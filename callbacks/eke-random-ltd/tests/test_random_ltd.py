@@ -332,10 +332,11 @@ def test_a_router_that_needs_every_token_is_said():
 def test_an_error_of_ones_own_is_left_alone():
     class Wrong(TinyBlocks):
         def loss(self, batch):
+            super().loss(batch)
             raise RuntimeError("mine")
 
     with pytest.raises(RuntimeError, match="^mine$"):
-        fit(Wrong(), RandomLTD())
+        fit(Wrong(), RandomLTD(0.5, multiple=1))
 
 
 def test_an_unknown_input_of_token_length_is_refused_by_name():
