@@ -3,7 +3,8 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from eke.seams.blocks import BlocksError, find_attention, find_blocks
+from eke import EkeError
+from eke.seams.blocks import BlocksError, find_all_blocks, find_attention, find_blocks
 from torch import nn
 
 
@@ -206,3 +207,34 @@ def test_attention_is_found_by_its_parts_or_else_by_its_name():
     inner = RetentionAttention(out=linear(), inner=Anything(q_proj=linear(), k_proj=linear(), v_proj=linear()))
     assert [one.path for one in find_attention(inner)] == ["inner"]
     assert find_attention(nn.Linear(2, 2)) == []
+
+
+def test_all_lists_of_blocks_are_found_an_encoders_and_a_decoders_and_each_stages():
+    both = find_all_blocks(nn.Transformer(8, 2, 4, 3, 16))
+    assert [(blocks.path, len(blocks)) for blocks in both] == [("encoder.layers", 4), ("decoder.layers", 3)]
+    assert [blocks.path for blocks in find_all_blocks(hugging_face("swin"))] == [
+        "encoder.layers.0.blocks",
+        "encoder.layers.1.blocks",
+    ]
+    assert [blocks.path for blocks in find_all_blocks(nn.ModuleList([Vit(3), Vit(2)]))] == ["0.blocks", "1.blocks"]
+    assert [blocks.path for blocks in find_all_blocks(Vit(depth=2, experts=5))] == ["blocks"]
+    assert [blocks.path for blocks in find_all_blocks(nn.Transformer(8, 2, 4, 3, 16), ["decoder"])] == [
+        "decoder.layers"
+    ]
+
+
+def test_a_block_may_hold_one_submodule_more_than_the_others():
+    t5 = find_all_blocks(hugging_face("t5"))
+    assert [blocks.path for blocks in t5] == ["encoder.block", "decoder.block"]
+    assert [(blocks.alike, blocks.nearly_alike) for blocks in t5] == [(False, True)] * 2
+    assert t5[0].extra == {0: ("layer.0.SelfAttention.relative_attention_bias.weight",)}
+    assert find_all_blocks(Vit())[0].extra == {}
+    with pytest.raises(BlocksError, match=r"holds no list of two or more like blocks. .*2 Block, not of one shape"):
+        find_all_blocks(nn.ModuleList([Block(8), Block(4)]))
+
+
+def test_a_path_serves_a_compiled_model_and_a_plain_one():
+    compiled = nn.ModuleDict({"net": torch.compile(Vit())})
+    assert find_blocks(compiled, "net.blocks").modules == find_blocks(compiled).modules
+    assert len(find_blocks(nn.ModuleDict({"net": Vit()}), "net._orig_mod.blocks")) == 3
+    assert issubclass(BlocksError, EkeError)

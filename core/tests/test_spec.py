@@ -4,7 +4,7 @@ import sys
 
 import pytest
 from eke import Technique
-from eke.spec import EXACTNESS, KINDS, NEEDS, RESOURCES, VERBS
+from eke.spec import EXACTNESS, IMPOSITIONS, KINDS, NEEDS, RESOURCES, SEAMS, VERBS
 
 
 @pytest.mark.parametrize("name", ["remat", "token_drop", "adam8bit", "x"])
@@ -25,7 +25,13 @@ def test_another_name_is_refused_with_an_example(name):
         ({"exactness": "close"}, f"exactness is 'close'. Use one of: {', '.join(EXACTNESS)}."),
         ({"needs": ("luck",)}, f"need is 'luck'. Use one of: {', '.join(NEEDS)}."),
         ({"effects": ("burns weights",)}, "verb of effect 'burns weights' is 'burns'. Use one of: replaces, changes"),
-        ({"effects": ("reads minds",)}, f"resource of effect 'reads minds' is 'minds'. Use one of: {RESOURCES[0]}, "),
+        (
+            {"effects": ("reads minds",)},
+            f"resource of effect 'reads minds' is 'minds'. Use one of: {next(iter(RESOURCES))}, ",
+        ),
+        ({"topics": ("cooking",)}, "topic is 'cooking'. Use one of: optimizer, initialization, "),
+        ({"tolerates": ("noise",)}, "what is imposed or tolerated is 'noise'. Use one of: sharded optimizer, "),
+        ({"imposes": ("noise",)}, "what is imposed or tolerated is 'noise'. Use one of: sharded optimizer, "),
         ({"effects": ("weights",)}, "verb of effect 'weights' is 'weights'. Use one of: "),
     ],
 )
@@ -35,7 +41,7 @@ def test_a_word_outside_the_vocabulary_is_refused_with_the_vocabulary(fields, me
     assert str(caught.value).startswith(message)
 
 
-@pytest.mark.parametrize("field", ["effects", "needs", "after"])
+@pytest.mark.parametrize("field", ["topics", "effects", "needs", "after", "imposes", "tolerates"])
 def test_a_string_where_a_tuple_is_needed_is_refused(field):
     with pytest.raises(
         ValueError, match=f"{field}='reads weights' is one string: it needs a tuple, .*'reads weights',"
@@ -43,10 +49,28 @@ def test_a_string_where_a_tuple_is_needed_is_refused(field):
         Technique("x", "callback", **{field: "reads weights"})
 
 
+def test_a_number_where_a_tuple_is_needed_is_refused():
+    with pytest.raises(ValueError, match=r"survey=30 is one number: it needs a tuple, such as \(30,\)"):
+        Technique("x", "callback", survey=30)
+
+
+def test_a_number_that_is_no_reference_of_a_method_is_refused():
+    with pytest.raises(ValueError, match=r"survey names \[99\]: no technique's reference. `eke list --survey`"):
+        Technique("x", "callback", survey=(30, 99))
+
+
+def test_every_word_has_a_definition_and_every_resource_a_seam():
+    for words in (VERBS, RESOURCES):
+        assert all(len(definition.split()) > 2 for definition in words.values())
+    assert {resource for settled in SEAMS.values() for resource in settled} == set(RESOURCES)
+    assert {resource for _, concerned in IMPOSITIONS.values() for resource in concerned} <= set(RESOURCES)
+
+
 def test_every_verb_goes_with_every_resource():
     effects = tuple(f"{verb} {resource}" for verb in VERBS for resource in RESOURCES)
     record = Technique("x", "callback", effects=effects)
     assert all(record.touches(verb) == set(RESOURCES) for verb in VERBS)
+    assert record.touched() == set(RESOURCES)
 
 
 def test_a_resource_counts_only_under_its_own_verb():

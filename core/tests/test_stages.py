@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 class Marks(TechniqueCallback):
     """Adds to the second part of each batch: 1000 in training, 2000 in evaluation."""
 
-    technique: ClassVar[Technique] = Technique(name="marks", kind="callback", effects=("changes batch",))
+    technique: ClassVar[Technique] = Technique(name="marks", kind="callback", effects=("changes batch content",))
 
     def __init__(self):
         self.started = []

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from eke import measure
+from eke.seams.wrapped import walk
 from eke.testing import run_ranks
 from eke.testing.run import make_trainer, quiet
 from eke_bench.workloads.blocks import Block
@@ -62,9 +63,7 @@ class Watcher(Callback):
 
     def on_train_batch_start(self, trainer: Any, model: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx == self.steps - 1:
-            optimizer = trainer.optimizers[0]
-            for inner in ("optim", "base"):  # of stage 1's and of an offloaded one
-                optimizer = getattr(optimizer, inner, optimizer)
+            *_, optimizer = walk(trainer.optimizers[0])
             self.held = {
                 "weights": sum(_local(p).nbytes for p in model.parameters()),
                 "states": sum(_local(v).nbytes for s in optimizer.state.values() for v in s.values()),

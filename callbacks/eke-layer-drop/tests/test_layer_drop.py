@@ -5,7 +5,9 @@ from itertools import product
 import eke
 import pytest
 import torch
+from eke import strategies
 from eke.seams import interceptor
+from eke.strategies import StrategyError
 from eke.testing import LAYERS, TinyBlocks, fit
 from eke_layer_drop import LayerDrop, keep_probabilities, theta
 from eke_layer_drop.callback import Rescale, Skip
@@ -175,12 +177,7 @@ def test_a_strategy_that_shards_is_refused_before_the_first_step():
         def __init__(self):
             pass
 
-    class FakeTrainer:
-        strategy = Sharding()
-
-        class state:
-            fn = "fit"
-
-    technique = LayerDrop()
-    with pytest.raises(Exception, match="LayerDrop skips blocks, for which processes that shard them under Sharding"):
-        technique.check(eke.Run(technique, FakeTrainer(), None))
+    with pytest.raises(
+        StrategyError, match="'layer_drop' changes hidden states, and Sharding imposes 'awaited blocks'"
+    ):
+        strategies.check([LayerDrop()], Sharding())

@@ -1,12 +1,12 @@
 import copy
 import math
 import warnings
-from types import SimpleNamespace
 
 import eke
 import peft
 import pytest
 import torch
+from eke import strategies
 from eke.seams.blocks import find_blocks
 from eke.testing import run as kit
 from eke.testing import run_ranks
@@ -339,11 +339,11 @@ def test_adalora_says_what_it_lacks():
         tune(Classifier(), PEFT("adalora"), epochs=-1, max_time="00:00:01:00")
     with pytest.raises(PEFTError, match="tinit=5 and tfinal=3 has no step left of 8"):
         tune(Classifier(), PEFT("adalora", settings={"tinit": 5, "tfinal": 3}))
-    strategy = ModelParallelStrategy()
-    trainer = SimpleNamespace(strategy=strategy, state=SimpleNamespace(fn="fit"))
-    technique = PEFT("adalora")
-    with pytest.raises(PEFTError, match="whole gradients, which ModelParallelStrategy shards"):
-        technique.check(eke.Run(technique, trainer, TinyBlocks()))
+    for method in ("adalora", peft.AdaLoraConfig(total_step=10)):
+        (words,) = strategies.refusals([PEFT(method)], ModelParallelStrategy())
+        assert "'sharded gradients'" in words
+        assert "AdaLoRA looks at whole gradients. Use one device, strategy='ddp' or ZeRO(stage=1)" in words
+    assert strategies.refusals([PEFT("lora")], ModelParallelStrategy()) == []
 
 
 # Hugging Face

@@ -3,7 +3,7 @@
 import eke
 import pytest
 import torch
-from eke.seams.blocks import find_attention
+from eke.seams.anatomy import attention_sites
 from eke.testing import TinyBlocks, TinyViT, fit, hugging_face
 from eke.testing.data import Images
 from eke_token_merge import TokenMerge, match, merge
@@ -44,14 +44,14 @@ def test_weighed_attention_over_joined_tokens_is_attention_over_the_tokens_they_
     one = torch.randn(2, 5, 16)
     sizes = torch.tensor([[1.0, 3, 1, 2, 1]] * 2)
     many = one.repeat_interleave(sizes[0].long(), dim=1)
-    with Watch(find_attention(vit.blocks[0])[0], sizes) as watch:
+    with Watch(attention_sites(vit.blocks[0])[0], sizes) as watch:
         weighed = attention(one)
     torch.testing.assert_close(weighed, attention(many)[:, [0, 1, 4, 5, 7]])
     assert watch.keys.shape == (2, 5, 8)  # the mean over heads
     torch.testing.assert_close(watch.keys, attention.qkv(one)[..., 16:32].unflatten(-1, (2, 8)).mean(2))
 
     layer = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True, norm_first=True)
-    found = find_attention(layer)[0]
+    found = attention_sites(layer)[0]
 
     def run(x):
         return layer.self_attn(x, x, x, need_weights=False)[0]

@@ -8,6 +8,7 @@ import torch
 from eke import compat, measure, registry
 from eke.forecast import RUN, ForecastError, batches, forecast, resized
 from eke.forecast.fitting import Setup, changes, largest_batch, make_fit
+from eke.seams.wrapped import walk
 from eke.testing import build_example, example_model, run_ranks
 from eke.testing import run as kit
 from eke.testing.models import SHAPES, TinyBlocks, TinyGPT2, TinyViT
@@ -71,8 +72,8 @@ def held(trainer, model, batch):
     for parameter in model.parameters():
         tensors += [parameter.detach()] + ([] if parameter.grad is None else [parameter.grad])
     for optimizer in trainer.optimizers:
-        for inner in (optimizer, getattr(optimizer, "optim", None), getattr(optimizer, "base", None)):
-            states = [] if inner is None else [value for state in inner.state.values() for value in state.values()]
+        for one in walk(optimizer):
+            states = [value for state in one.state.values() for value in state.values()]
             tensors += [value for value in states if isinstance(value, torch.Tensor)]
     storages = {}
     for tensor in tensors:

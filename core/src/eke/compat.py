@@ -22,22 +22,30 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 __all__ = [
+    "MODULE_CALLS",
     "MemTracker",
+    "base_of",
     "batch_hook_owner",
     "batches_done",
+    "before_batch_transfer",
     "combined_loader",
     "epoch_of_next_batch",
     "expect_no_signals",
     "expect_unused_parameters",
     "forget_processes",
+    "in_backward",
+    "is_checkpoint_wrapped",
+    "is_compiled",
     "leave_ddp_out",
     "leave_finished_epoch",
     "leave_out_of_ddp",
     "memory_profile",
     "loss_scale",
+    "memoryless",
     "parse_optimizers",
     "parse_schedulers",
     "process_store",
+    "refuse_gradient",
     "saves_sharded",
     "set_epoch_length",
     "start_at",
@@ -83,6 +91,38 @@ class MemTracker(mem_tracker.MemTracker):
         if not self._mod_tracker.is_bw:  # a second forward pass in one step, after a look at the batch, begins anew
             self.memory_tracking.pop(module, None)
         super()._pre_fw_hook(module, inputs)
+
+
+# The code in which a call of a module runs: on Python's stack it says which modules are being called.
+MODULE_CALLS = frozenset((nn.Module._wrapped_call_impl.__code__, nn.Module._call_impl.__code__))
+
+
+def base_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that this one is a view of, or itself."""
+    return tensor._base if tensor._is_view() else tensor
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def memoryless(cls: type[torch.Tensor]) -> Any:
+    """A tensor of a class that answers every operation by itself: of no use to what does not ask it."""
+    return torch.Tensor._make_wrapper_subclass(cls, (), requires_grad=True)
+
+
+def refuse_gradient(tensor: torch.Tensor, refuse: Any) -> None:
+    """Call ``refuse`` if a gradient comes to a leaf, whatever its class makes of being asked."""
+    with torch._C.DisableTorchFunctionSubclass():
+        tensor.register_hook(refuse)
+
+
+def is_checkpoint_wrapped(module: nn.Module) -> bool:
+    """Whether it is torch's wrapper that recomputes the module inside."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+
+    return isinstance(module, CheckpointWrapper)
 
 
 class _NoHandle:
@@ -184,6 +224,16 @@ def batch_hook_owner(trainer: Trainer, pl_module: LightningModule) -> object:
     if datamodule is not None and is_overridden("on_after_batch_transfer", datamodule, LightningDataModule):
         return datamodule
     return pl_module
+
+
+def before_batch_transfer(trainer: Trainer, batch: Any) -> Any:
+    """What ``on_before_batch_transfer`` makes of a batch, the DataModule's or the module's."""
+    return trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called."""
+    return module._compiled_call_impl is not None
 
 
 def leave_out_of_ddp(pl_module: LightningModule, modules: Iterable[nn.Module]) -> None:

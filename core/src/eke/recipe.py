@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from eke.registry import canonical
 from eke.spec import EkeError
 
 
@@ -31,6 +32,7 @@ def parse_words(words: list[str]) -> dict[str, dict[str, Any]]:
     recipe: dict[str, dict[str, Any]] = {}
     for word in words:
         name, colon, rest = word.partition(":")
+        name = canonical(name)
         if not name.isidentifier() or (colon and not rest):
             raise EkeError(f"{word!r} names no technique: write name or name:key=value,key=value.")
         if name in recipe:
@@ -84,7 +86,7 @@ def from_mapping(content: dict[Hashable, Any], source: str = "the recipe") -> di
             raise EkeError(
                 f"{source}: {name!r} has {_described(given)}; arguments by name are needed, such as {{block: 256}}."
             )
-        recipe[name] = arguments
+        recipe[canonical(name)] = arguments
     return recipe
 
 

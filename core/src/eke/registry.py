@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from importlib.metadata import Distribution, EntryPoint, distributions
 from typing import Any
 
 import pluggy
 
-from eke import compose, spec
+from eke import argtypes, compose, spec
 from eke.spec import EkeError, Technique
 
 GROUP = "eke"
@@ -34,6 +35,11 @@ def available() -> dict[str, EntryPoint]:
     return {name: claims[0] for name, claims in installed().items() if len(claims) == 1}
 
 
+def canonical(name: str) -> str:
+    """A technique's name as the registry holds it: distributions write ``layer-drop`` for ``layer_drop``."""
+    return name.replace("-", "_")
+
+
 def field(entry: EntryPoint, name: str) -> str:
     """Read one field of the metadata of the distribution that an entry point belongs to; empty where it has none."""
     try:
@@ -45,9 +51,13 @@ def field(entry: EntryPoint, name: str) -> str:
 def get(name: str) -> Technique:
     """Import one technique's plugin and return its record.
 
+    Args:
+        name: The technique's, ``layer_drop``, or ``layer-drop`` as the folder writes it.
+
     Raises:
         EkeError: it is not installed, does not load, or two distributions claim its name.
     """
+    name = canonical(name)
     if not _manager.has_plugin(name):
         _load(name)
     (technique,) = _manager.subset_hook_caller("eke_technique", _all_but(name))()
@@ -78,19 +88,26 @@ def trainer_kwargs(**techniques: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         EkeError: as :func:`create`.
-        ConflictError: techniques that cannot run together.
+        ConflictError: techniques that cannot run together, or cannot bear the strategy among them.
     """
+    techniques = {canonical(name): arguments for name, arguments in techniques.items()}
     ordered = compose.order([get(name) for name in techniques])
     for technique in ordered:
         check_arguments(technique, techniques[technique.name])
     kwargs: dict[str, Any] = {}
+    everything = []
     for technique in ordered:
         built = technique.build(**techniques[technique.name])
+        everything.append(built)
         argument = trainer_argument(built)
         if argument == "strategy":
-            kwargs[argument] = built  # only one replaces the sharding, so only one can be here
+            kwargs[argument] = built  # of two strategies one has been refused
         else:
             kwargs.setdefault(argument, []).append(built)
+    if "strategy" in kwargs:
+        from eke import strategies
+
+        strategies.check(everything, kwargs["strategy"])
     return kwargs
 
 
@@ -105,7 +122,11 @@ def trainer_argument(built: object) -> str:
 
 
 def check_arguments(technique: Technique, arguments: dict[str, Any]) -> None:
-    """Refuse an argument that the technique's factory does not have, and name those it has."""
+    """Refuse an argument that the technique's factory does not have, or whose value is of another type than it says.
+
+    Raises:
+        EkeError: which names the technique, the argument and what it takes.
+    """
     try:
         signature = inspect.signature(technique.resolve())
     except ValueError:
@@ -115,15 +136,20 @@ def check_arguments(technique: Technique, arguments: dict[str, Any]) -> None:
     except TypeError as error:
         takes = ", ".join(_without_annotation(parameter) for parameter in signature.parameters.values())
         raise EkeError(f"{technique.name}: {error}. It takes: {takes or 'no arguments'}.") from None
+    for name, wanted in argtypes.of(technique.resolve()).items():
+        if name in arguments and not argtypes.fits(arguments[name], wanted):
+            raise EkeError(
+                f"{technique.name}: {name}={arguments[name]!r} is {argtypes.kind(arguments[name])}; "
+                f"{argtypes.written(wanted)} is needed."
+            )
 
 
 def _load(name: str) -> None:
     claims = installed().get(name, [])
     if not claims:
-        raise EkeError(
-            f"no technique named {name!r} is installed. Installed: {', '.join(available()) or 'none'}. "
-            f"Perhaps: pip install eke-{name.replace('_', '-')}"
-        )
+        alike = difflib.get_close_matches(name, available(), n=2)
+        meant = f"Did you mean {' or '.join(alike)}? " if alike else ""
+        raise EkeError(f"no technique named {name!r} is installed. {meant}`eke list` shows those that are.")
     if len(claims) > 1:
         rivals = " and ".join(sorted(_distribution(entry) for entry in claims))
         raise EkeError(f"two distributions provide the technique {name!r}: {rivals}. Uninstall one of them.")

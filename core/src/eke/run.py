@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -13,8 +14,10 @@ from torch.optim import Optimizer
 
 from eke.seams import interceptor
 from eke.seams.blocks import find_blocks
+from eke.seams.masks import Masks
 from eke.seams.passes import Passes
 from eke.seams.progress import Progress, Until
+from eke.seams.saved import Saved
 from eke.seams.schedulers import scale_group
 from eke.seams.terms import LossTerms
 from eke.spec import EkeError
@@ -28,6 +31,17 @@ T = TypeVar("T")
 _trained: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
+@dataclass
+class Shared:
+    """What the techniques of one run have in common. Terms and passes are there if a record asks for them."""
+
+    progress: Progress
+    masks: Masks
+    saved: Saved
+    terms: LossTerms | None = None
+    passes: Passes | None = None
+
+
 class Run:
     """Made for each technique when a run opens, dropped when it closes; never copied or pickled.
 
@@ -36,6 +50,10 @@ class Run:
         module: The user's LightningModule.
         stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
         progress: Steps, samples, tokens and share of the run that are done.
+        masks: On weights, of all techniques: ``run.masks.claim(run.name, ...)``. A technique that claims some declares
+            ``"changes weights"``; gradients are masked after all of ``before_optimizer_step`` and before clipping.
+        saved: What autograd keeps for backward in a training step: ``run.saved.register(run.name, codec, COMPRESS)``.
+            A technique that registers a codec declares ``"changes saved tensors"``.
     """
 
     def __init__(
@@ -44,13 +62,12 @@ class Run:
         trainer: Trainer | None,
         module: LightningModule,
         stage: str = "fit",
-        progress: Progress | None = None,
-        terms: LossTerms | None = None,
-        passes: Passes | None = None,
+        shared: Shared | None = None,
     ) -> None:
         self.trainer, self.module, self.stage = trainer, module, stage
-        self.progress = progress or Progress()
-        self._technique, self._terms, self._passes = technique, terms, passes
+        shared = shared or Shared(Progress(), Masks(module), Saved(module))
+        self.progress, self.masks, self.saved = shared.progress, shared.masks, shared.saved
+        self._technique, self._terms, self._passes = technique, shared.terms, shared.passes
         self._points: list[Until] = []
         self._undo: list[Callable[[], Any]] = []
 

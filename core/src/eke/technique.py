@@ -177,12 +177,10 @@ class TechniqueStrategy:
     Class attributes:
         technique: The record.
         shards_in_setup: It shards the model itself, after techniques have changed it and not in ``configure_model``.
-        shards_optimizer: A process's optimizer holds a part of the states, so that a model cannot grow in mid-run.
     """
 
     technique: ClassVar[Technique]
     shards_in_setup: ClassVar[bool] = False
-    shards_optimizer: ClassVar[bool] = False
 
     def connect(self, model: LightningModule) -> None:
         super().connect(model)

@@ -56,3 +56,38 @@ class TestInitialization(Sketch):
         from sketch_initialization import Orthogonal
 
         return Orthogonal()
+
+
+class TestOptimizerByRoles(Sketch):
+    def build(self):
+        from sketch_optimizer import UseLion
+
+        return UseLion()
+
+
+class TestLayerSwap(Sketch):
+    def build(self):
+        from sketch_layer_swap import RoundWeights
+
+        return RoundWeights()
+
+
+class TestSavedTensors(Sketch):
+    def build(self):
+        from sketch_saved_tensors import HalfActivations
+
+        return HalfActivations()
+
+
+class TestRecompute(Sketch):
+    def build(self):
+        from sketch_recompute import RecomputePairs
+
+        return RecomputePairs()
+
+
+class TestAttention(Sketch):
+    def build(self):
+        from sketch_attention import Window
+
+        return Window()

@@ -6,6 +6,7 @@ import warnings
 import eke
 import pytest
 import torch
+from eke import strategies
 from eke.testing import TechniqueContract, fit, run_ranks
 from eke.testing.models import TinyBlocks
 from eke_adam8bit import Adam8bit, AdamW8bit, eight_bit, state_bytes
@@ -402,25 +403,22 @@ def test_an_unknown_back_end_is_refused_at_once():
 
 
 def test_strategies_that_gather_states_by_shape_are_refused():
-    strategy = object.__new__(FSDPStrategy)
-    with pytest.raises(MisconfigurationException, match="does not know how FSDPStrategy saves optimizer states"):
-        choose("auto", strategy)
+    with pytest.raises(MisconfigurationException, match="FSDPStrategy imposes 'gathered states'.*'ddp'"):
+        strategies.check([Adam8bit()], FSDPStrategy())
 
 
 def test_sharded_parameters_go_to_torchao_and_to_no_other():
     strategy = ModelParallelStrategy()
-    with pytest.raises(MisconfigurationException, match="ModelParallelStrategy shards each parameter.*'torchao'"):
-        choose("torch", strategy)
+    with pytest.raises(MisconfigurationException, match="'sharded parameters'.*backend='auto' or 'torchao'"):
+        strategies.check([Adam8bit(backend="torch")], strategy)
+    strategies.check([Adam8bit()], strategy)
     pytest.importorskip("torchao")
     assert choose("auto", strategy) == "torchao"
 
 
 def test_a_sharded_run_that_saves_to_one_file_is_refused():
-    pytest.importorskip("torchao")
-    with pytest.raises(
-        MisconfigurationException, match="saves one file, from which torchao's 8-bit states cannot be read again"
-    ):
-        choose("auto", ModelParallelStrategy(save_distributed_checkpoint=False))
+    with pytest.raises(MisconfigurationException, match="'gathered states'.*each process writes its own part"):
+        strategies.check([Adam8bit()], ModelParallelStrategy(save_distributed_checkpoint=False))
 
 
 def test_on_one_cpu_auto_is_our_own_and_bitsandbytes_warns():

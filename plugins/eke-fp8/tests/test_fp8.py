@@ -3,11 +3,13 @@
 import pytest
 import torch
 from eke.__main__ import main
+from eke.seams.layers import restore, swap
+from eke.seams.names import NamesError
 from eke.testing import TinyBlocks, TinyGPT2, TinyTransformer
 from eke.testing.data import Tokens, shuffled
 from eke_fp8 import FP8, FP8Error, chunked_product, round_to, shift_and_squeeze, to_float8
-from eke_fp8.arithmetic import E4M3, E5M2, RECIPES, Arithmetic, EmulatedLinear, scale_for
-from eke_fp8.hardware import pick, put, torchao_linear
+from eke_fp8.arithmetic import E4M3, E5M2, RECIPES, Arithmetic, emulate, scale_for
+from eke_fp8.hardware import pick, torchao_linear
 from eke_fp8.plugin import choose
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -19,8 +21,7 @@ FORMATS = [(E4M3, 3, -6, 448.0), (E5M2, 2, -14, 57344.0)]
 
 
 def emulated(layer, recipe, **options):
-    layer.__class__, layer.eke_fp8 = EmulatedLinear, Arithmetic(recipe, **options)
-    return layer
+    return emulate(layer, Arithmetic(recipe, **options))
 
 
 def every_number():
@@ -181,7 +182,15 @@ def test_layers_of_the_blocks_are_chosen_and_the_others_listed():
     assert "no multiples of 16" in choice.left["2"]
     assert choice.left["4"] == "the first or the last"
     assert "fewer than 64" in choose(plain, smallest=64).left["1"]
-    assert any("no nn.Linear" in why for why in choose(TinyTransformer()).left.values())
+    assert any("its weights alone" in why for why in choose(TinyTransformer()).left.values())
+
+
+def test_patterns_that_meet_no_layer_are_refused_with_near_names():
+    with pytest.raises(NamesError, match=r"layers='\*.mpl.\*' meets no name. Near it are blocks.0.mlp.fc1"):
+        choose(TinyBlocks(), layers="*.mpl.*")
+    with pytest.raises(NamesError, match="keep='heads' meets no name. Near it is head"):
+        choose(TinyBlocks(), keep=["heads"])
+    assert choose(TinyBlocks(), layers="fc1").taken == [f"blocks.{i}.mlp.fc1" for i in range(4)]
 
 
 def test_a_run_says_what_it_converts_and_by_what(caplog):
@@ -234,20 +243,79 @@ def test_the_back_end_is_the_first_that_the_machine_has(monkeypatch, capability,
 
 
 def test_a_model_without_a_layer_for_it_is_refused_and_whole():
-    module = TinyGPT2()
-    with pytest.raises(FP8Error, match="a Conv1D, which is no nn.Linear"):
-        Trainer(max_steps=1, callbacks=[FP8()], **QUIET).fit(module, shuffled(Tokens(16)))
+    module = TinyBlocks()
+    with pytest.raises(FP8Error, match="features, fewer than 4096"):
+        Trainer(max_steps=1, callbacks=[FP8(min_features=4096)], **QUIET).fit(module, shuffled(Tokens(16)))
+    assert type(module.blocks[0].mlp.fc1) is nn.Linear
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "delayed"])
+def test_a_conv1d_computes_what_a_linear_layer_of_its_weight_does(recipe):
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    conv, linear = Conv1D(48, 64), nn.Linear(64, 48)
+    nn.init.normal_(conv.bias)
+    linear.load_state_dict({"weight": conv.weight.T, "bias": conv.bias})
+    x = torch.randn(3, 5, 64)
+    found = []
+    for layer in (emulated(conv, recipe), emulated(linear, recipe)):
+        into = x.clone().requires_grad_()
+        output = layer(into)
+        output.square().sum().backward()
+        weight = layer.weight.grad.T if layer is conv else layer.weight.grad
+        found.append((output, into.grad, weight, layer.bias.grad))
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_the_conv1d_layers_of_gpt2_multiply_in_fp8_and_are_as_before_afterwards():
+    from transformers.pytorch_utils import Conv1D
+
+    names = choose(TinyGPT2()).taken
+    assert len(names) == 4 * len(TinyGPT2().model.transformer.h)
+    assert choose(TinyGPT2(), conv1d=False).taken == []
+    weights = []
+    for callbacks in ([], [FP8()]):
+        torch.manual_seed(0)
+        module = TinyGPT2()
+        keys = list(module.state_dict())
+        Trainer(max_steps=2, callbacks=callbacks, limit_val_batches=0, **QUIET).fit(module, shuffled(Tokens(16)))
+        assert list(module.state_dict()) == keys
+        assert all(type(module.get_submodule(name)) is Conv1D for name in names)
+        assert not any(part._forward_pre_hooks for part in module.modules())
+        weights.append(module.get_submodule(names[0]).weight.detach())
+    assert not torch.equal(*weights)
+    torch.testing.assert_close(*weights, atol=0.02, rtol=0.5)
 
 
 def test_torchaos_layers_take_the_place_of_plain_ones_and_back():
     module = TinyBlocks()
     before, keys = module.blocks[0].mlp.fc1, list(module.state_dict())
-    built = put(module, "blocks.0.mlp.fc1", torchao_linear("tensorwise", emulate=True)(before))
-    assert built is before
-    assert module.blocks[0].mlp.fc1.weight is before.weight
+    swap(module, ["blocks.0.mlp.fc1"], torchao_linear("tensorwise", emulate=True), "fp8")
+    built = module.blocks[0].mlp.fc1
+    assert type(built).__name__ == "Float8Linear"
+    assert built.weight is before.weight
     assert list(module.state_dict()) == keys
-    put(module, "blocks.0.mlp.fc1", before)
+    restore(module, "fp8")
     assert module.blocks[0].mlp.fc1 is before
+
+
+def test_torchao_multiplies_a_conv1d_by_its_own_parameters():
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    conv, linear = Conv1D(48, 64), nn.Linear(64, 48)
+    linear.load_state_dict({"weight": conv.weight.T, "bias": conv.bias})
+    build = torchao_linear("tensorwise", emulate=True)
+    layer, other = build(conv), build(linear)
+    assert layer.weight is conv.weight
+    assert list(layer.state_dict()) == ["weight", "bias"]
+    x = torch.randn(4, 16, 64)
+    for one in (layer, other):
+        one(x).square().sum().backward()
+    torch.testing.assert_close(layer(x), other(x))
+    torch.testing.assert_close(conv.weight.grad.T, other.weight.grad)
 
 
 @pytest.mark.parametrize("recipe", sorted(set(RECIPES) - {"mx"}))  # the kit has no 32 features

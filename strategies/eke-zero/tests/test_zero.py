@@ -8,18 +8,22 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from pathlib import Path
 
 import eke
+import eke_zero
 import pytest
 import torch
 from eke.seams.blocks import find_blocks
+from eke.seams.wrapped import walk
 from eke.testing import build_example, example_model, run_alone, run_ranks
 from eke.testing import run as kit
 from eke.testing.data import shuffled
 from eke.testing.models import SHAPES, TinyBlocks, TinyGPT2, TinyTransformer
 from eke.testing.ranks import RankError
 from eke_zero import ZeRO, ZeROError
+from eke_zero.offload import Offloaded
 from eke_zero.sharded import META, finish_move, put_in_place
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -171,7 +175,7 @@ class Bytes(Callback):
     def on_before_optimizer_step(self, trainer, model, optimizer):
         if trainer.global_step == 4:
             local = lambda t: (t.to_local() if hasattr(t, "to_local") else t).nbytes  # noqa: E731
-            inner = getattr(optimizer, "optim", optimizer)
+            *_, inner = walk(optimizer)
             self.bytes = {
                 "weights": sum(local(p) for p in model.parameters()),
                 "gradients": sum(local(p.grad) for p in model.parameters() if p.grad is not None),
@@ -636,6 +640,57 @@ def test_a_command_line_builds_it(tmp_path, strategy):
     stage, steps = run_alone(build)
     assert stage == 2
     assert steps > 0
+
+
+def test_what_is_built_is_an_engine_and_a_ZeRO():
+    for settings in ({"stage": 1}, {"stage": 2}, {"stage": 3}):
+        assert isinstance(ZeRO(**settings), ZeRO)
+        assert type(ZeRO(**settings)) is not ZeRO
+
+
+def test_no_module_imports_one_that_imports_it():
+    folder = Path(eke_zero.__file__).parent
+    imports = {
+        file.stem: set(re.findall(r"^ *from eke_zero\.(\w+) import", file.read_text(), re.MULTILINE))
+        for file in folder.glob("*.py")
+    }
+    assert "base" in imports["sharded"]
+    for name in imports:
+        reached, new = set(), {name}
+        while new:
+            new = set().union(*(imports[one] for one in new)) - reached
+            reached |= new
+        assert name not in reached
+
+
+def test_an_offloaded_optimizer_says_what_it_wraps_and_what_it_keeps_in_cpu_memory():
+    weight = nn.Parameter(torch.ones(3))
+    inner = torch.optim.AdamW([weight])
+    outer = Offloaded(inner)
+    assert list(walk(outer)) == [outer, inner]
+    assert [tensor.tolist() for tensor in outer.host_tensors()] == [[1.0] * 3]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_model_that_recomputes_by_itself_is_not_recomputed_twice(stage):
+    pytest.importorskip("transformers")
+
+    class Own(TinyGPT2):
+        def make(self, dropout, layers):
+            super().make(dropout, layers)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the newest version has another name for it
+                self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            for block in self.model.transformer.h:
+                block.ln_1.register_forward_hook(lambda *_: calls.append(1))
+
+    calls = []
+
+    def look(trainer):
+        return len(calls), all(block.gradient_checkpointing for block in trainer.lightning_module.model.transformer.h)
+
+    got = train({"stage": stage, "remat": True}, 1, model=Own, epochs=1, look=look)
+    assert got[2] == [(2 * 4 * 4, True)]  # steps, blocks, forward and backward; given back at the end
 
 
 def test_it_pickles():

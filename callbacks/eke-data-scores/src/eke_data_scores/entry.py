@@ -7,8 +7,10 @@ RECORD = Technique(
     kind="callback",
     factory="eke_data_scores:Score",
     paper="https://arxiv.org/abs/2107.07075",
-    survey="2.2 Data selection, data pruning, [70]",
-    effects=("reads samples", "reads loss"),
+    does="Scores every training sample into a file: EL2N, forgetting or loss, for data pruning",
+    topics=("importance sampling",),
+    survey=(70,),
+    effects=("reads samples", "reads loss", "keeps batch subset"),
     needs=("sized training data",),
 )
 EXAMPLE = {"file": "scores.npz"}

@@ -7,14 +7,11 @@ RECORD = Technique(
     kind="callback",
     factory="eke_importance_sampling:ImportanceSampling",
     paper="https://arxiv.org/abs/1803.00942",
-    survey="2.2 Importance sampling, [47]",
-    effects=("replaces batch", "replaces loss"),
+    does="Importance sampling by gradient norms within each batch, re-weighted so that the gradient stays unbiased",
+    topics=("importance sampling",),
+    survey=(47,),
+    effects=("replaces batch subset", "replaces loss"),
     exactness="unbiased",
-    conflicts={
-        "rais": "it needs the gradient norm of every sample of a batch, and only some of them are trained on.",
-        "infobatch": "it weighs the samples of an epoch that this one would choose again within each batch.",
-        "data_scores": "it needs the loss of every sample of a batch, and only some of them are trained on.",
-    },
     exceptions={
         "test_accumulated_gradients_equal_the_big_batch": "Samples are drawn within each batch, and two small batches "
         "draw others than a large one.",

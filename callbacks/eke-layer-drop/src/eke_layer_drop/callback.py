@@ -14,9 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from eke import Run, Technique, TechniqueCallback, compat
 from eke.seams import interceptor
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from eke_layer_drop.entry import RECORD
@@ -96,14 +94,7 @@ class LayerDrop(TechniqueCallback):
     def check(self, run: Run) -> None:
         if not run.fitting:
             return
-        strategy = run.trainer.strategy
-        shards = getattr(strategy, "shards_in_setup", False)  # FSDP2 waits for no block that is not called
-        if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not shards:
-            raise MisconfigurationException(
-                f"LayerDrop skips blocks, for which processes that shard them under {type(strategy).__name__} "
-                "would wait. Use one device, strategy='ddp' or ZeRO of eke-zero, or leave it out."
-            )
-        compat.expect_unused_parameters(strategy)
+        compat.expect_unused_parameters(run.trainer.strategy)
         if self.schedule == "progressive" and self.gamma is None:
             run.until(1.0, "gamma")  # the schedule goes by the length of the run
 

@@ -7,8 +7,14 @@ RECORD = Technique(
     kind="callback",
     factory="eke_layer_drop:LayerDrop",
     paper="https://arxiv.org/abs/2010.13369",
-    survey="2.1 Incremental learning, [97]",
-    effects=("changes activations",),
+    does="Layer dropping and stochastic depth: each step skips some blocks, more of the deeper ones",
+    topics=("incremental learning",),
+    survey=(97,),
+    effects=("changes hidden states",),
+    intolerance=(
+        "A block that is skipped would leave processes waiting. Use one device, strategy='ddp' or ZeRO of eke-zero,"
+        " or leave it out."
+    ),
     exactness="model-changing",
     exceptions={
         "test_accumulated_gradients_equal_the_big_batch": "Each micro-batch draws the blocks that it runs, so several "

@@ -7,8 +7,9 @@ RECORD = Technique(
     kind="callback",
     factory="eke_length_warmup:LengthWarmup",
     paper="https://arxiv.org/abs/2108.06084",
-    survey="2.1 Incremental learning",
-    effects=("changes batch",),
+    does="Sequence-length warm-up: trains on short sequences first and lets them grow to their full length",
+    topics=("incremental learning",),
+    effects=("changes batch content",),
     exactness="model-changing",
 )
 

@@ -28,7 +28,6 @@ from eke.seams.patches import (
 from eke.seams.progress import Until
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -66,8 +65,8 @@ class MAE(TechniqueCallback):
             ``"simmim"``: hidden squares are replaced by a learned token in the encoder, a linear map gives their
             pixels. ``"beit"``: hidden rectangles, likewise, and the map gives which of ``classes`` visual words they
             are, as ``tokenizer`` says.
-        duration: How long it pretrains: a share of the run up to 1, a number of optimizer steps, or words. Then the
-            user's own step takes over, on all patches.
+        duration: How long it pretrains: a share of the run up to 1, optimizer steps, or words. Then the user's own
+            step takes over, on all patches.
         decoder_width: Of the decoder of ``"mae"``, a multiple of 4. By default half of the encoder's.
         decoder_depth: Blocks of it.
         decoder_heads: Heads of each; its width is a multiple of them.
@@ -130,14 +129,8 @@ class MAE(TechniqueCallback):
     def check(self, run: Run) -> None:
         if not run.fitting:
             return
-        trainer = run.trainer
         self._until = None if self.duration == 1 else run.until(self.duration, "duration")
-        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-            raise MAEError(
-                f"MAE keeps its decoder beside the model, which {type(trainer.strategy).__name__} would shard. It has "
-                "been tested on one device and under DDP. Use strategy='ddp', or leave it out."
-            )
-        compat.expect_unused_parameters(trainer.strategy)  # a head that labels would train
+        compat.expect_unused_parameters(run.trainer.strategy)  # a head that labels would train
 
     def alter_model(self, run: Run) -> None:
         pl_module = run.module

@@ -7,13 +7,15 @@ RECORD = Technique(
     kind="callback",
     factory="eke_mae:MAE",
     paper="https://arxiv.org/abs/2111.06377",
-    survey="2.2 Data selection, token masking, [35]",
-    effects=("changes module tree", "changes activations", "replaces loss"),
+    does="Masked image pretraining of your own ViT: MAE, SimMIM and BEiT-style prediction",
+    topics=("token masking",),
+    survey=(35, 6),
+    effects=("changes module tree", "replaces tokens", "changes hidden states", "replaces loss"),
     needs=("automatic optimization",),
-    conflicts={
-        "token_drop": "both choose the patches that the encoder sees",
-        "token_merge": "the decoder has to know which patch each token is",
-    },
+    intolerance=(
+        "Its decoder stands beside the model, where it would be sharded. Use one device, strategy='ddp' or "
+        "ZeRO(stage=1), or leave it out."
+    ),
     exactness="model-changing",
     exceptions={
         "test_accumulated_gradients_equal_the_big_batch": "Each micro-batch draws the masks of its own images, so two "

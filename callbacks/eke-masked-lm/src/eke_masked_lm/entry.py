@@ -7,8 +7,11 @@ RECORD = Technique(
     kind="callback",
     factory="eke_masked_lm:MaskedLM",
     paper="https://arxiv.org/abs/1810.04805",
-    survey="2.2 Data selection, token masking, [48], [80]",
-    effects=("changes batch", "changes activations"),
+    does="Masked language modelling on the device: tokens, whole words or spans, a sparse head; and MASS",
+    topics=("token masking",),
+    survey=(48, 80),
+    effects=("changes batch content", "changes hidden states"),
+    tolerates=("awaited blocks",),
     exactness="model-changing",
     exceptions={
         "test_accumulated_gradients_equal_the_big_batch": "Each micro-batch draws the masks of its own sequences, so "

@@ -24,7 +24,6 @@ from eke.seams import interceptor
 from eke.seams.blocks import find_blocks
 from eke.seams.state import KEY
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from peft import AdaLoraConfig, PeftConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
@@ -153,12 +152,6 @@ class PEFT(TechniqueCallback):
     def check(self, run: Run) -> None:
         trainer = run.trainer
         self._merged = self._merged and trainer.state.fn != "fit"
-        whole = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
-        if isinstance(self._config(), AdaLoraConfig) and (not whole or isinstance(trainer.strategy, DeepSpeedStrategy)):
-            raise PEFTError(
-                f"AdaLoRA looks at whole gradients, which {type(trainer.strategy).__name__} shards. Give "
-                "strategy='ddp' or ZeRO(stage=1)."
-            )
 
     def alter_model(self, run: Run) -> None:
         pl_module = run.module

@@ -2,6 +2,13 @@
 
 from eke import Technique, hookimpl
 
+
+def _tolerates(method: object = "lora") -> tuple[str, ...]:
+    adalora = "adalora" in str(getattr(method, "peft_type", method)).lower()  # a name, or a configuration of peft's
+    others = () if adalora else ("sharded gradients", "sharded parameters", "gathered states", "own optimizer")
+    return ("sharded optimizer", *others)
+
+
 _STAYS = "What it puts into the model is what was trained: it stays there when a run ends, or fails."
 
 RECORD = Technique(
@@ -9,8 +16,12 @@ RECORD = Technique(
     kind="callback",
     factory="eke_peft:PEFT",
     paper="https://arxiv.org/abs/2106.09685",
-    survey="3 Parameter-efficient tuning, Table 1",
-    effects=("changes module tree", "replaces requires_grad", "changes optimizer"),
+    does="LoRA and peft's other methods, BitFit, adapters, visual prompts; small checkpoints that resume",
+    topics=("parameter-efficient tuning",),
+    survey=(39, 38, 94, 43, 53, 1, 83, 86),
+    effects=("changes module tree", "replaces requires_grad", "changes optimizer", "reads gradients"),
+    tolerates=_tolerates,
+    intolerance="AdaLoRA looks at whole gradients. Use one device, strategy='ddp' or ZeRO(stage=1), or another method.",
     exactness="model-changing",
     exceptions={
         "test_after_a_run_the_model_is_as_before": _STAYS,

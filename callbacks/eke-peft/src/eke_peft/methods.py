@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -18,7 +17,10 @@ from typing import Any
 import torch
 from eke import EkeError
 from eke.seams import interceptor
-from eke.seams.blocks import Blocks, BlocksError, find_attention, find_blocks
+from eke.seams.anatomy import Anatomy, AnatomyError, anatomy
+from eke.seams.blocks import Blocks, BlocksError, find_all_blocks
+from eke.seams.linear import features, linear_maps
+from eke.seams.names import plain
 from peft import (
     AdaLoraConfig,
     IA3Config,
@@ -86,83 +88,71 @@ def task_of(host: nn.Module) -> str:
     return found
 
 
-def linear_layers(host: nn.Module, path: str | None = None) -> list[str]:
-    """Names of the linear layers inside the repeated blocks, but for those inside of ``nn.MultiheadAttention``, which
-    computes with their weights alone.
+def linear_layers(host: nn.Module, paths: str | list[str] | None = None) -> list[str]:
+    """Names of the linear layers inside the repeated blocks, of an encoder and a decoder alike, but for those inside of
+    ``nn.MultiheadAttention``, which computes with their weights alone.
 
     Raises:
         PEFTError: the blocks are not to be found, or hold none.
     """
-    blocks = _blocks(host, path)
-    names = []
-    for number, block in enumerate(blocks):
-        prefix = blocks.path_of(number)
-        inside: set[nn.Module] = set()
-        for name, part in block.named_modules():
-            if isinstance(part, nn.MultiheadAttention):
-                inside.update(part.modules())
-            elif type(part).__name__ in _LINEAR and part not in inside:
-                names.append(f"{prefix}.{name}" if name else prefix)
+    found = {path: linear_maps(block) for path, block in _blocks(host, paths).items()}
+    names = [
+        f"{path}.{one.path}" if one.path else path
+        for path, maps in found.items()
+        for one in maps
+        if type(one.module).__name__ in _LINEAR
+    ]
     if not names:
-        raise PEFTError(f"the blocks at {blocks.path!r} hold no linear layers. Name the targets: targets=[...].")
+        raise PEFTError(f"the blocks, {next(iter(found))!r} and on, hold no linear layers. Name targets=[...].")
     return names
 
 
-def outputs(host: nn.Module, path: str | None = None, attention: bool = True) -> list[str]:
+def outputs(host: nn.Module, paths: str | list[str] | None = None, attention: bool = True) -> list[str]:
     """Names of the layers that end a block's MLP, and its attention: what they give is added to the residual stream."""
-    blocks = _blocks(host, path)
     names = []
-    for number, block in enumerate(blocks):
-        layers = [(name, part) for name, part in block.named_modules() if type(part).__name__ in _LINEAR]
-        inner = {id(part) for one in find_attention(block) if one.kind == "torch" for part in one.module.modules()}
-        layers = [(name, part) for name, part in layers if id(part) not in inner]
-        width = _sizes(layers[-1][1])[1] if layers else 0
-        down = [name for name, part in layers if _sizes(part)[1] == width != _sizes(part)[0]]
-        if not down:
-            raise PEFTError(
-                f"the block {blocks.path_of(number)!r} has no projection that ends its MLP. Name targets=[...]."
-            )
-        found = [down[-1]]
+    for path, found in _read(host, paths).items():
+        ends = [end for branch in found.branches for end in branch.ends if branch.kind == "mlp"]
+        if not ends or not all(end.is_layer for end in ends):
+            raise PEFTError(f"the block {path!r} has no projection that ends its MLP. Name targets=[...].")
+        own = [end.path for end in ends]
         if attention:
-            torchs = [one.path for one in find_attention(block) if one.kind == "torch"]
-            named = re.compile(r"(^|[._])(q|k|v|qkv|query|key|value)(_?(proj|lin))?$")
-            square = [name for name, part in layers if _sizes(part) == (width, width) and not named.search(name)]
-            if not torchs and not square:
-                raise PEFTError(f"the block {blocks.path_of(number)!r} has no projection that ends its attention. "
-                                "Name targets=[...].")  # fmt: skip
-            found.insert(0, torchs[0] if torchs else square[0])
-        names += [f"{blocks.path_of(number)}.{name}" for name in found]
+            if not found.attention or any(site.output is None for site in found.attention):
+                raise PEFTError(f"the block {path!r} has no projection that ends its attention. Name targets=[...].")
+            own = [site.output.path if site.output.is_layer else site.path for site in found.attention] + own
+        names += [f"{path}.{name}" for name in own]
     return names
 
 
-def scaled(host: nn.Module, path: str | None = None) -> tuple[list[str], list[str]]:
+def scaled(host: nn.Module, paths: str | list[str] | None = None) -> tuple[list[str], list[str]]:
     """What IA3 scales: keys, values, and the input of the layer that ends the MLP."""
-    blocks, names = _blocks(host, path), []
-    ends = outputs(host, path, attention=False)
-    for number, block in enumerate(blocks):
-        for one in find_attention(block):
-            if one.kind not in ("separate", "fused"):
-                raise PEFTError(
-                    f"the attention at {blocks.path_of(number)!r} has no key and value projections of its own, which "
-                    "IA3 scales. Name targets=[...] and settings={'feedforward_modules': [...]}."
-                )
-            parts = {id(one.projection(which)) for which in ("k", "v")}
-            names += [f"{blocks.path_of(number)}.{name}" for name, part in block.named_modules() if id(part) in parts]
+    names, ends = [], outputs(host, paths, attention=False)
+    for path, found in _read(host, paths).items():
+        if not found.attention or not all(site.key.is_layer for site in found.attention):
+            raise PEFTError(
+                f"the attention at {path!r} has no key and value projections of its own, which IA3 scales. Name "
+                "targets=[...] and settings={'feedforward_modules': [...]}."
+            )
+        for site in found.attention:
+            names += dict.fromkeys(f"{path}.{one.path}" for one in (site.key, site.value))
     return names + ends, ends
 
 
-def _blocks(host: nn.Module, path: str | None) -> Blocks:
+def _blocks(host: nn.Module, paths: str | list[str] | None) -> dict[str, nn.Module]:
     try:
-        return find_blocks(host, path)
+        lists = find_all_blocks(host, paths)
     except BlocksError as error:
         raise PEFTError(f"{error} Or name the layers: targets=[...].") from None
+    return {plain(blocks.path_of(number)): block for blocks in lists for number, block in enumerate(blocks)}
 
 
-def _sizes(layer: nn.Module) -> tuple[int, int]:
-    """Features in and out."""
-    if hasattr(layer, "in_features"):
-        return layer.in_features, layer.out_features
-    return tuple(layer.weight.shape)  # Hugging Face's Conv1D
+def _read(host: nn.Module, paths: str | list[str] | None) -> dict[str, Anatomy]:
+    found = {}
+    for path, block in _blocks(host, paths).items():
+        try:
+            found[path] = anatomy(block)
+        except AnatomyError as error:
+            raise PEFTError(f"the block {path!r}: {error} Or name the layers: targets=[...].") from None
+    return found
 
 
 # ---------------------------------------------------------------------- what peft lacks
@@ -192,8 +182,8 @@ def put_adapters(host: nn.Module, names: Iterable[str], width: int) -> None:
     """Put a bottleneck behind each of these layers."""
     for name in names:
         layer = host.get_submodule(name)
-        features = layer.embed_dim if isinstance(layer, nn.MultiheadAttention) else _sizes(layer)[1]
-        layer.add_module(ADAPTER, Adapter(features, width))
+        given = layer.embed_dim if isinstance(layer, nn.MultiheadAttention) else features(layer)[1]
+        layer.add_module(ADAPTER, Adapter(given, width))
         layer.register_forward_hook(_adapt)
 
 

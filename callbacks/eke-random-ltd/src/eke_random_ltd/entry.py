@@ -7,8 +7,10 @@ RECORD = Technique(
     kind="callback",
     factory="eke_random_ltd:RandomLTD",
     paper="https://arxiv.org/abs/2211.11586",
-    survey="2.2 Data selection, token masking",
-    effects=("changes activations",),
+    does="Random layerwise token dropping: middle blocks train on some tokens, the others pass them by",
+    topics=("token masking",),
+    effects=("changes tokens", "changes hidden states"),
+    tolerates=("awaited blocks",),
     exactness="model-changing",
     exceptions={
         "test_accumulated_gradients_equal_the_big_batch": "Each micro-batch draws the tokens of its own samples, so "

@@ -13,20 +13,19 @@ from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 from statistics import fmean, median
-from time import perf_counter
 from typing import Any, ClassVar
 
 import eke
 import torch
 from eke import Run, Technique, TechniqueCallback, measure
+from eke.seams.trial import clock, compare, compiled, turns
 from lightning.pytorch import LightningModule, Trainer
 
 from eke_report.entry import RECORD
 from eke_report.text import render
 
-# on, off, off, on: the two that are alike are the A/A control of the round, and the order turns around in the next one.
-ROUND = ("on", "off", "off", "on")
 RUN = ("run", None)
+BLOCKS = len(turns(0))
 BUILT_IN = ("alter_optimizer", "alter_loader", "alter_batch", "around_step", "manifest", "shape_from", "eval_weights")
 
 
@@ -91,9 +90,9 @@ class Report(TechniqueCallback):
             if (record := getattr(type(part), "technique", None)) is not None:
                 self._why_not[record.name] = "it is part of the Trainer for the whole run"
         # Compiled code cannot run while operators are counted; with several processes a share would be taken for all.
-        self._script = [*self._plan(count=trainer.world_size == 1 and not _compiled(pl_module))][::-1]
+        self._script = [*self._plan(count=trainer.world_size == 1 and not compiled(pl_module))][::-1]
         self._doing: tuple[str, Any] = ("wait", None)
-        self._now = _synchronized if pl_module.device.type == "cuda" else perf_counter
+        self._now = clock(pl_module.device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._began = self._now()
@@ -155,7 +154,7 @@ class Report(TechniqueCallback):
         if len(self._block) < self.block:
             return False
         rounds = self._states.setdefault(_name(technique), [])
-        if not rounds or len(rounds[-1]) == len(ROUND):
+        if not rounds or len(rounds[-1]) == BLOCKS:
             rounds.append([])
         rounds[-1].append(median(self._block[1:]))
         if what == "on":
@@ -171,7 +170,7 @@ class Report(TechniqueCallback):
             yield "count off", technique
         for number in range(self.rounds):
             for technique in self._switchable:
-                for state in ROUND if number % 2 == 0 else ["off", "on", "on", "off"]:
+                for state in turns(number):
                     yield state, technique
 
     def _switch(self, off: TechniqueCallback | None, pl_module: LightningModule) -> None:
@@ -229,40 +228,13 @@ class Report(TechniqueCallback):
         return result
 
     def _effect(self, name: str) -> dict[str, Any]:
-        rounds = [one for one in self._states.get(name, ()) if len(one) == len(ROUND)]
+        rounds = [one for one in self._states.get(name, ()) if len(one) == BLOCKS]
         short = f"the run was too short: it ended after {len(rounds)} of {self.rounds} rounds"
         effect = compare(rounds) if len(rounds) > 1 else {"measured": False, "why": short}
         on, off = (self._counts.get(key, {}).get("memory") for key in ("on", name))
         if on and off:
             effect["memory_ratio"] = on["total"] / off["total"]
         return effect
-
-
-def compare(rounds: list[list[float]]) -> dict[str, Any]:
-    """What switching did to the time of a step.
-
-    Args:
-        rounds: For each round the time of a step in its four blocks: on, off, off, on in even rounds, and off, on, on,
-            off in odd ones.
-
-    Returns:
-        ``step_ratio``: with the technique over without it, ``[median, least, most]`` over the rounds; ``control``: the
-        same of blocks that were alike; ``told_apart``: whether the ratio lies outside the control in every round, and
-        further than 2 % from 1.
-    """
-    ratios, control = [], []
-    for number, (a, b, c, d) in enumerate(rounds):
-        outer, inner = (a + d) / 2, (b + c) / 2
-        ratios.append(outer / inner if number % 2 == 0 else inner / outer)
-        control += [a / d, b / c]
-    reach = max(max(control) - 1, 1 - min(control), 0.02)
-    return {
-        "measured": True,
-        "rounds": len(rounds),
-        "step_ratio": [median(ratios), min(ratios), max(ratios)],
-        "control": [median(control), min(control), max(control)],
-        "told_apart": all(ratio > 1 + reach for ratio in ratios) or all(ratio < 1 - reach for ratio in ratios),
-    }
 
 
 def write(result: dict[str, Any], path: Path) -> Path:
@@ -293,15 +265,9 @@ def _fixed(technique: TechniqueCallback, pl_module: LightningModule) -> str | No
         return f"it is built into the run ({', '.join(kinds)})"
     if type(technique).alter_model is TechniqueCallback.alter_model:
         return "it has nothing to switch"
-    if _compiled(pl_module):
+    if compiled(pl_module):
         return "the model is compiled, and each switch would compile it again"
     return None
-
-
-def _compiled(pl_module: LightningModule) -> bool:
-    return getattr(pl_module, "_compiler_ctx", None) is not None or any(
-        module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in pl_module.modules()
-    )
 
 
 def _counting(
@@ -324,11 +290,6 @@ def _counting(
 def _allocated(pl_module: LightningModule) -> dict[str, int] | None:
     """Where it was not counted: the allocator's own peak, of the whole process, on a card."""
     return {"total": torch.cuda.max_memory_allocated()} if pl_module.device.type == "cuda" else None
-
-
-def _synchronized() -> float:
-    torch.cuda.synchronize()
-    return perf_counter()
 
 
 def _length(batch: Any) -> int:

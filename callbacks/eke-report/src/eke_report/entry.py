@@ -7,8 +7,10 @@ RECORD = Technique(
     kind="callback",
     factory="eke_report:Report",
     paper="https://arxiv.org/abs/2302.01107",
-    survey="6 Conclusion: a standard way of measuring",
-    effects=("reads activations", "reads gradients", "reads optimizer state"),
+    does="Reports what each technique of a run gives in step time and memory, and how busy the machine is",
+    topics=("future directions",),
+    effects=("reads saved tensors", "reads gradients", "reads optimizer state"),
+    tolerates=("sharded optimizer", "sharded gradients", "sharded parameters", "gathered states", "own optimizer"),
     exactness="exact",
 )
 

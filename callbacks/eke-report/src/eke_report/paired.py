@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from statistics import fmean, median
-from time import perf_counter
 from typing import Any
 
 import eke
 import torch
 from eke import measure
+from eke.seams.trial import clock, compiled, differ
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-
-from eke_report.callback import _compiled, _synchronized
 
 
 def paired(
@@ -57,12 +55,11 @@ def paired(
             seed_everything(seed, verbose=False)
             runs[name].append(_train(*build(), variants[name], steps, warmup, trainer))
     control = _ratios(runs["again"], runs[""])
-    reach = max(*(abs(ratio - 1) for ratio in control), 0.02)
     return {
         "steps": steps,
         "seeds": seeds,
         "control": [min(control), max(control)],
-        "pairs": {name: _pair(runs[""], runs[name], reach) for name in recipe},
+        "pairs": {name: _pair(runs[""], runs[name], control) for name in recipe},
     }
 
 
@@ -94,10 +91,10 @@ class _Watch(Callback):
         self._tracking: Any = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == trainer.max_steps - 1 and not _compiled(pl_module) and self.memory is None:
+        if trainer.global_step == trainer.max_steps - 1 and not compiled(pl_module) and self.memory is None:
             self._tracking = measure.tracked_memory(pl_module, *trainer.optimizers)
             self._peak = self._tracking.__enter__()
-        self._now = _synchronized if pl_module.device.type == "cuda" else perf_counter
+        self._now = clock(pl_module.device)
         self._began = self._now()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
@@ -119,12 +116,12 @@ def _ratios(with_it: list[dict[str, Any]], without: list[dict[str, Any]]) -> lis
     return [one["step_s"] / other["step_s"] for one, other in zip(with_it, without, strict=True)]
 
 
-def _pair(with_it: list[dict[str, Any]], without: list[dict[str, Any]], reach: float) -> dict[str, Any]:
+def _pair(with_it: list[dict[str, Any]], without: list[dict[str, Any]], control: list[float]) -> dict[str, Any]:
     ratios = _ratios(with_it, without)
     peaks = [(one["memory"], other["memory"]) for one, other in zip(with_it, without, strict=True)]
     return {
         "step_ratio": [median(ratios), min(ratios), max(ratios)],
-        "told_apart": all(ratio > 1 + reach for ratio in ratios) or all(ratio < 1 - reach for ratio in ratios),
+        "told_apart": differ(ratios, control),
         "memory_ratio": median(a / b for a, b in peaks) if all(a and b for a, b in peaks) else None,
         "loss": [fmean(one["loss"] for one in with_it), fmean(one["loss"] for one in without)],
     }

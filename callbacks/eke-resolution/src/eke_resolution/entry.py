@@ -7,8 +7,11 @@ RECORD = Technique(
     kind="callback",
     factory="eke_resolution:Resolution",
     paper="https://arxiv.org/abs/2212.08013",
-    survey="2.1 Incremental learning",
-    effects=("changes activations",),
+    does="Progressive resolution and patch size: a ViT begins with small images, or with large patches",
+    topics=("incremental learning",),
+    survey=(54,),
+    effects=("changes hidden states",),
+    tolerates=("awaited blocks",),
     exactness="model-changing",
 )
 

@@ -7,14 +7,10 @@ RECORD = Technique(
     kind="callback",
     factory="eke_rho_loss:RhoLoss",
     paper="https://arxiv.org/abs/2206.07137",
-    survey="2.2 Importance sampling",
-    effects=("replaces batch", "replaces loss"),
+    does="RHO-LOSS: trains on samples whose loss is high and would be low for a model that has not seen them",
+    topics=("importance sampling",),
+    effects=("replaces batch subset", "replaces loss"),
     exactness="model-changing",
-    conflicts={
-        "rais": "it needs the gradient norm of every sample of a batch, and only some of them are trained on.",
-        "infobatch": "it weighs the samples of an epoch that this one would choose again within each batch.",
-        "data_scores": "it needs the loss of every sample of a batch, and only some of them are trained on.",
-    },
     exceptions={
         "test_accumulated_gradients_equal_the_big_batch": "Samples are chosen within each batch, and two small batches "
         "choose others than a large one.",

@@ -17,11 +17,11 @@ from eke import Run, Technique, TechniqueCallback, compat
 from eke.seams import growth, interceptor
 from eke.seams.blocks import Blocks, find_blocks
 from eke.seams.optimizer import transplant
+from eke.seams.wrapped import forget_state
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
-from torch.optim import Optimizer
 
 from eke_stacking import operators
 from eke_stacking.entry import RECORD
@@ -97,8 +97,6 @@ class Stacking(TechniqueCallback):
     def check(self, run: Run) -> None:
         trainer = run.trainer
         self._fitting = trainer.state.fn == "fit"
-        if self._fitting:
-            growth.check_growable(trainer, "Stacking")
 
     def alter_model(self, run: Run) -> None:
         pl_module = run.module
@@ -250,7 +248,7 @@ class Stacking(TechniqueCallback):
                 transplant(optimizer, optimizer, kept)
         if self.optimizer_state == "reset_all":
             for optimizer in trainer.optimizers:
-                _forget(optimizer)
+                forget_state(optimizer)
         rank_zero_info(f"Stacking: {len(old)} -> {len(active)} blocks at optimizer step {self.progress.steps}.")
 
     def _apply(self, pl_module: LightningModule, active: list[int]) -> None:
@@ -295,13 +293,6 @@ def _exchange(block: nn.Module, new: dict[nn.Parameter, nn.Parameter]) -> None:
     for module in block.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             setattr(module, name, new[parameter])
-
-
-def _forget(optimizer: Optimizer) -> None:
-    """Drop the state of all parameters, in what a wrapper wraps as well."""
-    optimizer.state.clear()
-    if isinstance(getattr(optimizer, "base", None), Optimizer):
-        _forget(optimizer.base)
 
 
 def _times(stages: Sequence[float]) -> list[float] | list[int]:

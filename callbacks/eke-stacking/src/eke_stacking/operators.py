@@ -11,12 +11,12 @@ import copy
 from collections.abc import Mapping, Sequence
 
 import torch
-from eke.seams.blocks import Blocks, find_attention
+from eke.seams.anatomy import AnatomyError, Map, anatomy, attention_sites
+from eke.seams.blocks import Blocks
 from torch import Tensor, nn
 
 OPERATORS = ("stack", "interleave", "identity", "random")
 
-_OUTPUTS = ("out_proj", "o_proj", "c_proj", "proj", "to_out", "wo", "out", "o", "dense", "out_lin")
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -80,27 +80,25 @@ def copy_blocks(
     return origin
 
 
-def output_projections(block: nn.Module) -> list[nn.Module]:
-    """The layers through which a block's attention and MLP write into the residual stream.
+def output_projections(block: nn.Module) -> list[Map]:
+    """The maps through which a block's attention and MLP write into the residual stream.
 
     Raises:
         ValueError: the attention's or the MLP's is not to be found.
     """
-    attention = find_attention(block)
-    found = [_output_of(block, one.path, one.module) for one in attention]
-    inside = {id(module) for one in attention for module in one.module.modules()}
-    others = [
-        m for m in block.modules() if _is_linear(m) and id(m) not in inside and not any(m is one for one in found)
-    ]
-    if not found or None in found or not others:
-        part = "its MLP" if found and None not in found else "its attention"
+    try:
+        found = anatomy(block)
+    except AnatomyError as error:
         raise ValueError(
-            f"{type(block).__name__} shows no output projection of {part}, which operator='identity' has to set "
+            f"operator='identity' sets output projections to zero: {error} Use operator='stack'."
+        ) from None
+    part = "attention" if not found.attention or any(one.output is None for one in found.attention) else "MLP"
+    if part == "attention" or not found.mlps:
+        raise ValueError(
+            f"{type(block).__name__} shows no output projection of its {part}, which operator='identity' has to set "
             "to zero. Use operator='stack'."
         )
-    width = _features(found[0])[1]
-    down = [one for one in others if _features(one)[1] == width != _features(one)[0]]
-    return [*found, *(down or others[-1:])]
+    return list(found.ends)
 
 
 @torch.no_grad()
@@ -122,10 +120,11 @@ def check_identity(block: nn.Module) -> None:
     trial = copy.deepcopy(block).eval()
     zero_outputs(trial)
     output = output_projections(trial)[0]
-    like = {"dtype": output.weight.dtype, "device": output.weight.device}
+    weight = output.matrix()
+    like = {"dtype": weight.dtype, "device": weight.device}
     # Not drawn: a check leaves the random state alone.
-    hidden = torch.linspace(-2, 3, 4 * _features(output)[1], **like).view(1, 4, -1)
-    turns = torch.ones(1, 4, getattr(find_attention(trial)[0].module, "head_dim", 2), **like)
+    hidden = torch.linspace(-2, 3, 4 * output.outputs, **like).view(1, 4, -1)
+    turns = torch.ones(1, 4, attention_sites(trial)[0].size, **like)
     for side in ({}, {"position_embeddings": (turns, 0 * turns)}):
         try:
             output = trial(hidden, **side)
@@ -169,29 +168,6 @@ def replace_modules(container: nn.Module, modules: Sequence[nn.Module]) -> None:
         del container[-1]
     for module in modules:
         container.append(module)
-
-
-def _output_of(block: nn.Module, path: str, attention: nn.Module) -> nn.Module | None:
-    """In the attention module, or beside it as ``output.dense``, where BERT has it."""
-    parent = block.get_submodule(path.rpartition(".")[0])
-    for holder, names in ((attention, _OUTPUTS), (getattr(parent, "output", None), ("dense",))):
-        for name in names:
-            found = getattr(holder, name, None)
-            linear = [one for one in found.modules() if _is_linear(one)] if isinstance(found, nn.Module) else []
-            if linear:
-                return linear[-1]
-    return None
-
-
-def _is_linear(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)
-
-
-def _features(linear: nn.Module) -> tuple[int, int]:
-    """Features in and out. Hugging Face's Conv1D keeps its weight the other way round."""
-    first, second = linear.weight.shape
-    return (first, second) if type(linear).__name__ == "Conv1D" else (second, first)
 
 
 def _layer_type(block: nn.Module) -> tuple[object, ...]:

@@ -7,8 +7,11 @@ RECORD = Technique(
     kind="callback",
     factory="eke_token_drop:TokenDrop",
     paper="https://arxiv.org/abs/2212.00794",
-    survey="2.2 Data selection, token masking, [56]",
-    effects=("changes activations",),
+    does="Patch dropout and FLIP: a ViT trains on a random part of its patches, and on all at the end",
+    topics=("token masking",),
+    survey=(56,),
+    effects=("replaces tokens", "changes hidden states"),
+    tolerates=("awaited blocks",),
     exactness="model-changing",
     exceptions={
         "test_accumulated_gradients_equal_the_big_batch": "Each micro-batch draws the patches of its own samples, so "

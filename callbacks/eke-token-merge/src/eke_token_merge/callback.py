@@ -6,7 +6,6 @@ https://arxiv.org/abs/2210.09461, section 3. Survey section 2.2.
 
 from __future__ import annotations
 
-import inspect
 from functools import partial
 from math import isfinite
 from typing import Any, ClassVar
@@ -14,21 +13,16 @@ from typing import Any, ClassVar
 import torch
 from eke import Run, Technique, TechniqueCallback
 from eke.seams import interceptor
-from eke.seams.blocks import Attention, Blocks, find_attention, find_blocks
+from eke.seams.anatomy import AttentionSite, attention_sites
+from eke.seams.blocks import Blocks, find_blocks
 from eke.seams.patches import PatchesError, find_patches, relative_positions
+from eke.seams.sdpa import Call, Catch, sdpa
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from eke_token_merge.entry import RECORD
-
-_PARAMETERS = {  # of the two functions that attention goes through
-    F.scaled_dot_product_attention: ("query", "key", "value", "attn_mask", "dropout_p", "is_causal"),
-    F.multi_head_attention_forward: tuple(inspect.signature(F.multi_head_attention_forward).parameters),
-}
-_HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads", "heads")
 
 
 def match(keys: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,7 +135,7 @@ class TokenMerge(TechniqueCallback):
                 raise PatchesError(f"{error} Say how many tokens precede the patches: TokenMerge(prefix=1).") from None
             self._hooks.append(embedding.module.register_forward_hook(partial(_count, self._state)))
         for block in self._found:
-            if not any(attention.kind != "named" for attention in find_attention(block)):
+            if not attention_sites(block):
                 raise PatchesError(
                     f"A {type(block).__name__} has no attention whose keys are to be found; TokenMerge compares them."
                 )
@@ -214,7 +208,7 @@ class Merge:
     def __init__(self, owner: TokenMerge, block: nn.Module, first: bool) -> None:
         self.count, self.proportional, self.prefix = owner.count, owner.proportional, owner.prefix
         self.first, self.state = first, owner._state
-        self.attention = next(one for one in find_attention(block) if one.kind != "named")
+        self.attention = attention_sites(block)[0]
         self.compiled = getattr(block, "_compiled_call_impl", None) is not None
         self.recomputed = getattr(block, "gradient_checkpointing", False)  # Hugging Face's
 
@@ -270,7 +264,7 @@ _RECOMPUTED = (
 )
 
 
-class Watch(TorchFunctionMode):
+class Watch:
     """Notes the keys of one attention, and lets it count each token by its size.
 
     Args:
@@ -278,11 +272,11 @@ class Watch(TorchFunctionMode):
         sizes: (batch, tokens), or None for attention as it is.
     """
 
-    def __init__(self, attention: Attention, sizes: Tensor | None) -> None:
-        super().__init__()
+    def __init__(self, attention: AttentionSite, sizes: Tensor | None) -> None:
         self.attention, self.bias = attention, None if sizes is None else sizes.log()
         self.keys: Tensor | None = None  # (batch, tokens, size), the mean over heads
         self.weighed = False
+        self.caught = Catch(self._weigh)
         self.hook: Any = None
 
     def __enter__(self) -> Watch:
@@ -290,11 +284,12 @@ class Watch(TorchFunctionMode):
         if self.attention.kind == "torch":
             self.hook = module.register_forward_pre_hook(self._of_torch, with_kwargs=True)
         else:
-            self.hook = self.attention.projection("k").register_forward_hook(self._of_projection)
-        return super().__enter__()
+            self.hook = self.attention.key.module.register_forward_hook(self._of_projection)
+        self.caught.__enter__()
+        return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        self.caught.__exit__(*error)
         self.hook.remove()
         if error[0] is None and self.keys is not None and self.bias is not None and not self.weighed:
             raise MisconfigurationException(
@@ -303,47 +298,34 @@ class Watch(TorchFunctionMode):
                 "TokenMerge(proportional=False)."
             )
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        bound = _PARAMETERS.get(func)
-        if bound is None:
-            return func(*args, **(kwargs or {}))
-        given = {**dict(zip(bound, args, strict=False)), **(kwargs or {})}
-        if given.get("is_causal"):
+    def _weigh(self, call: Call) -> Tensor:
+        if call.causal:
             raise MisconfigurationException(
                 "The attention is causal: a token that is merged with a later one would see the future. TokenMerge "
                 "serves Vision Transformers."
             )
-        if func is F.scaled_dot_product_attention:
-            self._weigh(given, "attn_mask", given["key"].shape[-2], given["query"].dtype, (slice(None), None, None))
-        else:  # nn.MultiheadAttention's: a mask of floats over its keys is added to what each query gives
-            self._weigh(given, "key_padding_mask", given["key"].shape[0], given["query"].dtype, ())
-        return func(**given)
-
-    def _weigh(self, given: dict[str, Any], name: str, keys: int, dtype: torch.dtype, at: tuple[Any, ...]) -> None:
-        if self.bias is None or keys != self.bias.shape[1]:
-            return
-        bias, mask = self.bias[at].to(dtype), given.get(name)
-        if mask is not None and mask.dtype == torch.bool:
+        if self.bias is None or call.key.shape[2] != self.bias.shape[1]:
+            return sdpa(call)
+        if call.mask is not None and call.mask.dtype == torch.bool:
             raise MisconfigurationException("The attention gets a mask. TokenMerge serves models that take none.")
-        given[name] = bias if mask is None else mask + bias
         self.weighed = True
+        bias = self.bias[:, None, None].to(call.query.dtype)
+        return sdpa(call._replace(mask=bias if call.mask is None else call.mask + bias))
 
     def _of_projection(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        keys = output.chunk(3, dim=-1)[1] if self.attention.kind == "fused" else output
-        self.keys = self._mean(keys)
+        if self.attention.kind == "fused":
+            self.keys = self.attention.split(output)[1].mean(2)
+        else:
+            self.keys = output.unflatten(-1, (self.attention.key_heads, -1)).mean(2)
 
     def _of_torch(self, module: nn.MultiheadAttention, args: Any, kwargs: Any) -> None:
         source = kwargs.get("key", args[1] if len(args) > 1 else None)
-        width = module.embed_dim
-        bias = None if module.in_proj_bias is None else module.in_proj_bias[width : 2 * width]
+        first, end = self.attention.key.rows
+        bias = None if module.in_proj_bias is None else module.in_proj_bias[first:end]
         with torch.no_grad():
-            keys = F.linear(source, module.in_proj_weight[width : 2 * width], bias)
-        self.keys = self._mean(keys if module.batch_first else keys.transpose(0, 1))
-
-    def _mean(self, keys: Tensor) -> Tensor:
-        module = self.attention.module
-        heads = next((getattr(module, name) for name in _HEADS if hasattr(module, name)), 1)
-        return keys.unflatten(-1, (heads, -1)).mean(2)
+            keys = F.linear(source, self.attention.key.matrix(), bias)
+        keys = keys if module.batch_first else keys.transpose(0, 1)
+        self.keys = keys.unflatten(-1, (self.attention.key_heads, -1)).mean(2)
 
 
 def _count(state: dict[str, Any], module: Any, args: Any, output: Tensor) -> None:

@@ -43,7 +43,7 @@ def examine(given: list[str]) -> Report:
     files = [one for one in given if one.endswith((".yaml", ".yml"))]
     words = [one for one in given if one not in files]
     asked = _from_recipe(recipe.parse_words(words))
-    report = Report()
+    report, strategy = Report(), None
     for file in files:
         content = recipe.load_yaml(file)
         trainer = _trainer_section(content)
@@ -53,8 +53,11 @@ def examine(given: list[str]) -> Report:
             found, foreign = _from_command_line(trainer, file)
             asked += found
             report.foreign += foreign
+            strategy = _lightnings(trainer.get("strategy")) or strategy
+    built = []
     for one in asked:
-        refusals, here = _try(one)
+        made, refusals, here = _try(one)
+        built += [] if made is None else [made]
         report.refusals += refusals
         report.here += here
     records = [one.record for one in asked]
@@ -63,6 +66,8 @@ def examine(given: list[str]) -> Report:
     except ConflictError as error:
         report.techniques = records
         report.refusals += compose.conflicts(records) or [str(error)]
+    else:
+        report.refusals += _unbearable(built, strategy)
     return report
 
 
@@ -94,17 +99,47 @@ def _from_recipe(asked: dict[str, dict[str, Any]]) -> list[_Asked]:
     return found
 
 
-def _try(asked: _Asked) -> tuple[list[str], list[str]]:
-    """What is wrong with the arguments, and what the technique would take on this machine."""
+def _unbearable(built: list[object], strategy: object) -> list[str]:
+    """What Trainer.fit would refuse because of the strategy: one of the techniques, or Lightning's own."""
+    from eke import strategies
+
+    own = next((one for one in built if registry.trainer_argument(one) == "strategy"), strategy)
+    return [] if own is None else strategies.refusals(built, own)
+
+
+def _lightnings(given: Any) -> object:
+    """Build the strategy that a LightningCLI file names, such as ``fsdp``; None where it is no one that we know."""
+    from lightning.pytorch.strategies import Strategy, StrategyRegistry
+
+    try:
+        if isinstance(given, str) and given in StrategyRegistry:
+            return StrategyRegistry.get(given)
+        path, arguments = (given, {}) if isinstance(given, str) else (given["class_path"], given.get("init_args") or {})
+        built = _class(path, "")(**arguments) if "." in path else None
+    except Exception:  # one that cannot be built here, for want of a library or of a GPU
+        return None
+    return built if isinstance(built, Strategy) and not hasattr(type(built), "technique") else None
+
+
+def _try(asked: _Asked) -> tuple[object, list[str], list[str]]:
+    """The object, what is wrong with its arguments, and what the technique would take on this machine."""
     try:
         registry.check_arguments(asked.record, asked.arguments)
         built = asked.build()
         here = built.on_this_machine() if hasattr(built, "on_this_machine") else ""
-    except EkeError as error:
-        return [str(error)], []
     except Exception as error:  # what a constructor says about a value, in whatever class it says it
-        return [f"{asked.record.name}: {' '.join(str(error).split())}"], []
-    return [], [f"{asked.record.name} {here}"] if here else []
+        return None, [_said(asked, error)], []
+    return built, [], [f"{asked.record.name} {here}"] if here else []
+
+
+def _said(asked: _Asked, error: Exception) -> str:
+    """One sentence that names the technique, and the arguments where the constructor did not."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    if not words.startswith(asked.record.name):
+        words = f"{asked.record.name}: {words}"
+    if asked.arguments and not any(name in words for name in asked.arguments):
+        words += f" It was given {', '.join(f'{name}={value!r}' for name, value in asked.arguments.items())}."
+    return words
 
 
 def _trainer_section(content: dict[Hashable, Any]) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from eke.coordinator.opening import overrides
 from eke.seams import state
 from eke.seams.data import Position
+from eke.seams.masks import Masks
 from eke.seams.passes import Passes
 from eke.seams.progress import Progress
 from eke.seams.swap import Swap
@@ -23,7 +24,11 @@ if TYPE_CHECKING:
 
 
 def write(
-    checkpoint: dict[str, Any], techniques: list[TechniqueCallback], progress: Progress, swap: Swap | None
+    checkpoint: dict[str, Any],
+    techniques: list[TechniqueCallback],
+    progress: Progress,
+    swap: Swap | None,
+    masks: Masks | None,
 ) -> None:
     """Put in the progress, and each technique's manifest, state and random generator."""
     entries = {}
@@ -38,6 +43,8 @@ def write(
         state.check_plain(entry, f"state of {name}")
         entries[name] = entry
     checkpoint[state.KEY] = {"version": state.VERSION, "progress": progress.state_dict(), "techniques": entries}
+    if masks is not None and (claimed := masks.state_dict()):
+        checkpoint[state.KEY]["masks"] = claimed
     _write_eval_weights(checkpoint, eval_weights(techniques), swap)
     for technique in techniques:
         technique.alter_checkpoint(checkpoint)
@@ -74,13 +81,15 @@ def shape(
         checkpoint["state_dict"].update(training)
 
 
-def restore(own: dict[str, Any], techniques: list[TechniqueCallback], progress: Progress) -> None:
-    """Give progress and techniques their state back.
+def restore(own: dict[str, Any], techniques: list[TechniqueCallback], progress: Progress, masks: Masks | None) -> None:
+    """Give progress, techniques and masks their state back.
 
     Raises:
         ConflictError: a state of a version that the installed technique cannot read.
     """
     progress.load_state_dict(own["progress"])
+    if masks is not None:
+        masks.load_state_dict(own.get("masks", {}))
     for technique in techniques:
         entry = own["techniques"].get(type(technique).technique.name)
         if entry is None:

@@ -13,11 +13,13 @@ from eke.coordinator import checkpoint as checkpoints
 from eke.coordinator import opening
 from eke.coordinator.hooks import HOOKS, Hooks
 from eke.coordinator.wiring import Wiring
-from eke.run import Run
+from eke.run import Run, Shared
 from eke.seams import state
 from eke.seams.data import Position
+from eke.seams.masks import Masks
 from eke.seams.passes import Passes
 from eke.seams.progress import Progress
+from eke.seams.saved import Saved
 from eke.seams.swap import Swap
 from eke.seams.terms import LossTerms
 
@@ -37,6 +39,7 @@ class Coordinator(Hooks):
         self.runs: dict[str, Run] = {}
         self._wiring: Wiring | None = None  # while a run is open
         self._passes: Passes | None = None
+        self._masks: Masks | None = None  # outlives the run, as the zeros do, for a checkpoint that is written after it
         self._swap: Swap | None = None
         self._before_step: list[Callable[..., Any]] = []
         self._begins_with: dict[str, Any] = {}  # what this process had of its own, from a checkpoint
@@ -75,17 +78,18 @@ class Coordinator(Hooks):
         counts = frozenset(word for one in self.techniques for word in one.counts)
         self.progress.connect(trainer if fitting else None, counts)
         opening.seed(self.techniques, trainer)
-        terms = LossTerms(module) if fitting and self._any(_adds_to_the_loss) else None
-        self._passes = None
-        if fitting and self._any(lambda one: one.passes > 1):
-            self._passes = Passes(trainer, module, [one.generator for one in self.techniques])
-        self.runs = {
-            type(one).technique.name: Run(one, trainer, module, stage, self.progress, terms, self._passes)
-            for one in self.techniques
-        }
+        if self._masks is None or self._masks.module is not module:
+            self._masks = Masks(module)
+        shared = Shared(self.progress, self._masks, Saved(module))
+        if fitting and self._any("loss"):
+            shared.terms = LossTerms(module)
+        if fitting and any(one.passes > 1 for one in self.techniques):
+            shared.passes = Passes(trainer, module, [one.generator for one in self.techniques])
+        self._passes = shared.passes
+        self.runs = {type(one).technique.name: Run(one, trainer, module, stage, shared) for one in self.techniques}
         for technique in self.techniques:
             technique._coordinator, technique._run = self, self.runs[type(technique).technique.name]
-        self._wiring = Wiring(self.techniques, self.runs, Position())
+        self._wiring = Wiring(self.techniques, self.runs, trainer, Position())
         self.position = self._wiring.position
         try:
             opening.check(self.techniques, self.runs, trainer, module)
@@ -96,9 +100,17 @@ class Coordinator(Hooks):
             hook: [getattr(one, hook) for one in self.techniques if opening.overrides(one, hook)] for hook in HOOKS
         }
         self._before_step = self._wiring.at("before_optimizer_step")
-        self._wire(trainer, module, fitting, terms)
+        masks = self._masks if self._any("weights") else None
+        if masks is not None:  # after all others: they see the gradients of all weights
+            self._before_step.append(lambda optimizer: masks.before_step())
+        self._wire(trainer, module, fitting)
+        if fitting:
+            packing = [shared.saved.around] if self._any("saved tensors") else []
+            outermost = [one.around for one in (shared.passes, shared.terms) if one is not None]
+            self._wiring.step(module, outermost, packing)
+            self._wiring.optimizer_step(trainer, masks)
 
-    def _wire(self, trainer: Trainer, module: LightningModule, fitting: bool, terms: LossTerms | None) -> None:
+    def _wire(self, trainer: Trainer, module: LightningModule, fitting: bool) -> None:
         wiring = self._wiring
         wiring.model(module)
 
@@ -116,12 +128,12 @@ class Coordinator(Hooks):
         if fitting:
             wiring.weights(trainer, module)
             wiring.optimizers(module)
-            wiring.step(module, terms, self._passes)
-            wiring.optimizer_step(trainer)
             wiring.loaders(trainer)
 
-    def _any(self, test: Callable[[TechniqueCallback], bool]) -> bool:
-        return any(test(one) for one in self.techniques)
+    def _any(self, resource: str) -> bool:
+        """Whether a technique of the run writes to a resource."""
+        records = (type(one).technique for one in self.techniques)
+        return any(resource in record.touches("changes") | record.touches("replaces") for record in records)
 
     def close(self) -> None:
         """Take every wrapper off and let each technique undo what should not outlive the run."""
@@ -163,7 +175,7 @@ class Coordinator(Hooks):
     def _write(self, checkpoint: dict[str, Any], trainer: Trainer | None) -> None:
         if state.KEY in checkpoint:
             return
-        checkpoints.write(checkpoint, self.techniques, self.progress, self._swap)
+        checkpoints.write(checkpoint, self.techniques, self.progress, self._swap, self._masks)
         if trainer is not None and "optimizer_states" in checkpoint:
             checkpoints.write_ranks(checkpoint, trainer, self.position, self._passes)
 
@@ -173,12 +185,12 @@ class Coordinator(Hooks):
             return
         checkpoints.shape(checkpoint, self.techniques, module, self.progress.trainer)
         if "callbacks" not in checkpoint:  # a weights-only file: the callback hook below will not be called
-            checkpoints.restore(own, self.techniques, self.progress)
+            checkpoints.restore(own, self.techniques, self.progress, self._masks)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         own = checkpoint.get(state.KEY)
         if own is not None:
-            checkpoints.restore(own, self.techniques, self.progress)
+            checkpoints.restore(own, self.techniques, self.progress, self._masks)
             if trainer.state.fn == "fit" and "ranks" in own:
                 self._begins_with = checkpoints.rank_of(own, trainer) or {}
                 self.position.load_state_dict(self._begins_with or None)
@@ -227,6 +239,7 @@ class Coordinator(Hooks):
         compat.leave_finished_epoch(trainer)
         self.position.start(trainer)
         self.progress.begin(trainer)
+        self._masks.follow()  # strategies that shard have put other parameters in place
         begins_with, self._begins_with = self._begins_with, {}
         gradients: dict[str, Tensor] = begins_with.get("gradients", {})
         state.set_gradients(pl_module, gradients)
@@ -257,8 +270,3 @@ class Coordinator(Hooks):
         for act in self._before_step:
             act(optimizer)
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
-
-
-def _adds_to_the_loss(technique: TechniqueCallback) -> bool:
-    record = type(technique).technique
-    return "loss" in record.touches("changes") | record.touches("replaces")

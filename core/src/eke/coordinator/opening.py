@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from eke import compose
+from eke import compose, strategies
 from eke.spec import Technique
 
 if TYPE_CHECKING:
@@ -34,14 +34,14 @@ def records(techniques: Iterable[TechniqueCallback], trainer: Trainer) -> list[T
     return [*(type(one).technique for one in techniques), *others]
 
 
-def ordered(techniques: list[TechniqueCallback], trainer: Trainer) -> list[TechniqueCallback]:
-    """The techniques in the order in which they act.
+def ordered(techniques: list[TechniqueCallback], trainer: Trainer, at: str | None = None) -> list[TechniqueCallback]:
+    """The techniques in the order in which they act at a seam, or at Lightning's hooks.
 
     Raises:
         ConflictError: some cannot be combined with each other, or with the strategy.
     """
     by_name = {type(one).technique.name: one for one in techniques}
-    return [by_name[one.name] for one in compose.order(records(techniques, trainer)) if one.name in by_name]
+    return [by_name[one.name] for one in compose.order(records(techniques, trainer), at) if one.name in by_name]
 
 
 def check(techniques: list[TechniqueCallback], runs: dict[str, Run], trainer: Trainer, module: LightningModule) -> None:
@@ -50,6 +50,8 @@ def check(techniques: list[TechniqueCallback], runs: dict[str, Run], trainer: Tr
     Raises:
         MisconfigurationException: one cannot.
     """
+    if any(run.fitting for run in runs.values()):
+        strategies.check(techniques, trainer.strategy)
     for technique in techniques:
         run = runs[type(technique).technique.name]
         if run.fitting:

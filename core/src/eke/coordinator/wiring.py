@@ -9,12 +9,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
 from eke import compat
-from eke.coordinator.opening import overrides
+from eke.coordinator.opening import ordered, overrides
 from eke.seams import schedulers
 from eke.seams.data import Position
+from eke.seams.masks import Masks
 from eke.seams.optimizer import map_optimizers
-from eke.seams.passes import Passes
-from eke.seams.terms import LossTerms
 from eke.seams.wrap import Wrapper
 from eke.spec import EkeError
 
@@ -27,20 +26,23 @@ class Wiring:
     """Wraps what the techniques reach into, each technique's methods with its own run.
 
     Args:
-        techniques: In order.
+        techniques: In the order of Lightning's hooks. At each seam they have another.
         runs: Of each, by name.
+        trainer: Of the run.
         position: Makes train loaders resumable.
     """
 
-    def __init__(self, techniques: list[TechniqueCallback], runs: dict[str, Run], position: Position) -> None:
-        self.techniques, self.runs, self.position = techniques, runs, position
+    def __init__(
+        self, techniques: list[TechniqueCallback], runs: dict[str, Run], trainer: Trainer, position: Position
+    ) -> None:
+        self.techniques, self.runs, self.trainer, self.position = techniques, runs, trainer, position
         self.wrappers: list[Wrapper] = []
 
     def at(self, method: str) -> list[Callable[..., Any]]:
-        """A seam's guests, in order: each technique's ``method`` with its run, of those that have one of their own."""
+        """A seam's guests, in its order: each technique's ``method`` with its run, of those that have one."""
         return [
             _with_run(getattr(one, method), self.runs[type(one).technique.name])
-            for one in self.techniques
+            for one in ordered(self.techniques, self.trainer, method)
             if overrides(one, method)
         ]
 
@@ -120,14 +122,18 @@ class Wiring:
 
         self.wrap(module, "configure_optimizers", configure_optimizers)
 
-    def step(self, module: LightningModule, terms: LossTerms | None, passes: Passes | None) -> None:
-        """Around ``training_step``: what adds to the loss and what repeats it outermost."""
-        outer = [one.around for one in (passes, terms) if one is not None]
-        self.wrap(module, "training_step", *outer, *self.at("around_step"))
+    def step(
+        self, module: LightningModule, outermost: list[Callable[..., Any]], innermost: list[Callable[..., Any]]
+    ) -> None:
+        """Around ``training_step``: what repeats it outermost, what packs its tensors innermost."""
+        self.wrap(module, "training_step", *outermost, *self.at("around_step"), *innermost)
 
-    def optimizer_step(self, trainer: Trainer) -> None:
+    def optimizer_step(self, trainer: Trainer, masks: Masks | None) -> None:
         """After the optimizer's step, under every strategy, by hand or by Lightning."""
         after = self.at("after_optimizer_step")
+        if masks is not None:  # before the others, which see the zeros, and after them, who may have moved them
+            masking = [lambda optimizer: masks.after_step()]
+            after = [*masking, *after, *(masking if after else ())]
         if not after:
             return
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from eke.seams import names
 from eke.spec import EkeError
 
 _NAMES = {
@@ -64,6 +65,18 @@ class Blocks:
         """All blocks have one class and the same parameter names, shapes and dtypes."""
         return len({_kind(block) for block in self.modules}) == 1
 
+    @property
+    def nearly_alike(self) -> bool:
+        """All have one class, and what all have is of one shape: some may hold more, as T5's first its positions."""
+        return _nearly_alike(self.modules)
+
+    @property
+    def extra(self) -> dict[int, tuple[str, ...]]:
+        """Of blocks that hold more than the others, names of those parameters. Empty where :attr:`alike`."""
+        named = [{name for name, _ in block.named_parameters(remove_duplicate=False)} for block in self.modules]
+        common = set.intersection(*named) if named else set()
+        return {i: tuple(sorted(names - common)) for i, names in enumerate(named) if names - common}
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -88,7 +101,7 @@ class Attention:
         """
         pattern = {"fused": _FUSED, "separate": _NAMES[of]}.get(self.kind)
         for name, child in self.module.named_children():
-            if pattern is not None and pattern.fullmatch(name) and _is_projection(child):
+            if pattern is not None and pattern.fullmatch(name) and is_linear(child):
                 return child
         raise BlocksError(
             f"The attention at {self.path!r}, a {type(self.module).__name__}, has no projection for {of!r}."
@@ -170,10 +183,20 @@ def find_attention(module: nn.Module) -> list[Attention]:
     return [Attention(path, found, kind) for path, found in module.named_modules() if (kind := _attention_kind(found))]
 
 
+def is_linear(module: nn.Module) -> bool:
+    """A linear map: ``nn.Linear``, Hugging Face's ``Conv1D``, a 1 by 1 convolution, a quantized or adapted one."""
+    weight = getattr(module, "weight", None)
+    return (
+        isinstance(weight, Tensor)
+        and (weight.ndim == 2 or isinstance(module, _ConvNd))
+        and not isinstance(module, nn.Embedding)
+    )
+
+
 def _attention_kind(module: nn.Module) -> Literal["torch", "fused", "separate", "named"] | None:
     if isinstance(module, nn.MultiheadAttention):
         return "torch"
-    projections = [name for name, child in module.named_children() if _is_projection(child)]
+    projections = [name for name, child in module.named_children() if is_linear(child)]
     if all(any(pattern.fullmatch(name) for name in projections) for pattern in _NAMES.values()):
         return "separate"
     if any(_FUSED.fullmatch(name) and _widens(getattr(module, name)) for name in projections):
@@ -184,16 +207,6 @@ def _attention_kind(module: nn.Module) -> Literal["torch", "fused", "separate", 
     return None
 
 
-def _is_projection(module: nn.Module) -> bool:
-    """A linear map: ``nn.Linear``, Hugging Face's ``Conv1D``, a 1 by 1 convolution, a quantized or adapted one."""
-    weight = getattr(module, "weight", None)
-    return (
-        weight is not None
-        and (weight.ndim == 2 or isinstance(module, _ConvNd))
-        and not isinstance(module, nn.Embedding)
-    )
-
-
 def _widens(module: nn.Module) -> bool:
     """Gives more features than it takes: queries, keys and values in one."""
     one, other = module.weight.shape[:2]
@@ -202,7 +215,7 @@ def _widens(module: nn.Module) -> bool:
 
 def _at(module: nn.Module, path: str) -> nn.Module:
     try:
-        return module.get_submodule(path)
+        return names.at(module, path)
     except AttributeError:
         lists = [(name, found) for name, found in module.named_modules() if _is_list(found)]
         raise BlocksError(f"{type(module).__name__} has no module at {path!r}. {_found(lists)}") from None

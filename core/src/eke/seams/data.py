@@ -87,6 +87,13 @@ class _Place:
         self.position = position
         self.begun: dict[str, Any] | None = None  # random state with which the running iterator was made
 
+    def rewind(self) -> None:
+        """Let the next iterator be as the running one was when it was made: for a copy of the process, which looks."""
+        self.position.pending = None
+        if self.begun is not None:
+            first = self.position.places[0] is self
+            _set_random(self.loader, {**self.begun["rng"], "cuda": []} if first else None, self.begun["generators"])
+
     def saved(self) -> dict[str, Any] | None:
         """This loader's part of a checkpoint that waits to be taken up."""
         pending = self.position.pending

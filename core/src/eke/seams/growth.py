@@ -14,10 +14,11 @@ from collections.abc import Mapping
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from eke.seams.optimizer import rebind, transplant
+from eke.seams.wrapped import walk
+from eke.strategies import imposed
 
 
 def check_growable(trainer: Trainer, who: str) -> None:
@@ -27,7 +28,7 @@ def check_growable(trainer: Trainer, who: str) -> None:
         MisconfigurationException: the strategy shards parameters or owns the optimizer.
     """
     strategy = trainer.strategy
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or getattr(strategy, "shards_optimizer", False):
+    if imposed(strategy):
         raise MisconfigurationException(
             f"{who} changes the shape of the model in mid-run, which {type(strategy).__name__} cannot follow: it has "
             "sharded parameters or optimizer states, or built its own optimizer by then. Use one device or "
@@ -77,7 +78,6 @@ def _pairs(before, after):
     """``id`` of each old optimizer to the new one, those inside wrappers too."""
     pairs = {}
     for old, new in zip(before, after, strict=True):
-        while old is not None and new is not None:
-            pairs[id(old)] = new
-            old, new = getattr(old, "base", None), getattr(new, "base", None)
+        for inside, its_place in zip(walk(old), walk(new), strict=False):
+            pairs[id(inside)] = its_place
     return pairs

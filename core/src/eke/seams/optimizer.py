@@ -17,6 +17,7 @@ import torch
 from torch.optim import Optimizer
 
 from eke import compat
+from eke.seams.wrapped import inner_of
 
 
 def map_optimizers(returned: Any, change: Callable[[Optimizer], Optimizer]) -> Any:
@@ -75,8 +76,8 @@ def transplant(old: Optimizer, new: Optimizer, origin: Mapping[torch.Tensor, tor
             if source is not None and source in old.state:
                 state = old.state[source]
                 new.state[parameter] = state if source is parameter else _copy(state)
-    inner_old, inner_new = getattr(old, "base", None), getattr(new, "base", None)
-    if isinstance(inner_old, Optimizer) and isinstance(inner_new, Optimizer):  # a wrapper shows what it wraps
+    inner_old, inner_new = inner_of(old), inner_of(new)
+    if inner_old is not None and inner_new is not None:
         transplant(inner_old, inner_new, origin)
 
 

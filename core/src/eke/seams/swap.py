@@ -1,15 +1,20 @@
 """Other weights for validation and saving, training weights for training.
 
-The trick it hides: values are exchanged inside the parameters, whose identity optimizers, DDP and compile rely
-on; and a run that fails while other weights are in place gets its own back.
+The tricks it hides: values are exchanged inside the parameters, whose identity optimizers, DDP and compile rely
+on; a run that fails while other weights are in place gets its own back; of a sharded parameter each process exchanges
+its part, and FSDP2 has to forget what it gathered before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from eke.seams.shards import laid_out, local
 
 
 class Swap:
@@ -29,23 +34,46 @@ class Swap:
 
     @torch.no_grad()
     def enter(self, others: Mapping[str, torch.Tensor]) -> None:
-        """Put ``others`` in place. Called twice, the second call changes nothing."""
+        """Put ``others`` in place, by any name of a tied tensor, in any dtype and on any device, whole or sharded as
+        the module's are. Called twice, the second call changes nothing.
+
+        Raises:
+            KeyError: the module has no tensor of a name.
+        """
         if self.active:
             return
-        tensors = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        tensors = self._tensors()
         unknown = sorted(set(others) - set(tensors))
         if unknown:
             raise KeyError(f"The module has no tensor {unknown[0]!r} to exchange; it has {', '.join(tensors)}.")
         self.kept = {name: tensors[name].detach().clone() for name in others}
-        for name, value in others.items():
-            tensors[name].copy_(value)
+        self._copy(others)
 
     @torch.no_grad()
     def leave(self) -> None:
         """Put the module's own values back. Without :meth:`enter` it does nothing."""
         if not self.active:
             return
-        tensors = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
-        for name, value in self.kept.items():
-            tensors[name].copy_(value)
+        self._copy(self.kept)
         self.kept = {}
+
+    @contextmanager
+    def holding(self, others: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """``others`` in place inside the block."""
+        self.enter(others)
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        parameters = self.module.named_parameters(remove_duplicate=False)
+        return {**dict(parameters), **dict(self.module.named_buffers(remove_duplicate=False))}
+
+    def _copy(self, values: Mapping[str, torch.Tensor]) -> None:
+        tensors = self._tensors()
+        for name, value in values.items():
+            local(tensors[name]).copy_(local(laid_out(value, tensors[name])))
+        for part in self.module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()  # weights that it has gathered are not those in place any more

@@ -9,7 +9,8 @@ if it looks overridden. A ``functools.partial`` of one module-level function pas
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -60,6 +61,36 @@ class Wrapper:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "layers": []}
+
+
+def layers_of(owner: object, method: str) -> list[Callable[..., Any]]:
+    """What acts around a method, of all wrappers on it, outermost first."""
+    found, entry = [], vars(owner).get(method)
+    while isinstance(entry, partial) and entry.func is _call:
+        (wrapper,) = entry.args
+        found += wrapper.layers
+        entry = wrapper.on_instance
+    return found
+
+
+@contextmanager
+def bypassed(owner: object, method: str) -> Iterator[None]:
+    """Inside, ``owner.<method>`` is what it would be without wrappers."""
+    entry = vars(owner).get(method)
+    plain = entry
+    while isinstance(plain, partial) and plain.func is _call:
+        plain = plain.args[0].on_instance
+    if plain is None:
+        vars(owner).pop(method, None)
+    else:
+        vars(owner)[method] = plain
+    try:
+        yield
+    finally:
+        if entry is None:
+            vars(owner).pop(method, None)
+        else:
+            vars(owner)[method] = entry
 
 
 def _call(wrapper: Wrapper, *args: Any, **kwargs: Any) -> Any:

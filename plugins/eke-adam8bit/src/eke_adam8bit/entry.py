@@ -2,13 +2,25 @@
 
 from eke import Offer, Technique, hookimpl
 
+
+def _tolerates(backend: str = "auto") -> tuple[str, ...]:
+    return ("sharded optimizer", *(("sharded parameters",) if backend in ("auto", "torchao") else ()))
+
+
 RECORD = Technique(
     name="adam8bit",
     kind="plugin",
     factory="eke_adam8bit:Adam8bit",
     paper="https://arxiv.org/abs/2110.02861",
-    survey="3 Memory efficiency; the paper is not in the survey's list",
+    does="Adam and AdamW with 8-bit states: 2.06 bytes of state per parameter in place of 8",
+    topics=("quantized training", "optimizer"),
     effects=("replaces optimizer", "changes optimizer state"),
+    tolerates=_tolerates,
+    intolerance=(
+        "8-bit states of sharded parameters need backend='auto' or 'torchao', and checkpoints of which each process"
+        " writes its own part: ZeRO(checkpoint='sharded'), or "
+        "ModelParallelStrategy(save_distributed_checkpoint=True). Else use one device or strategy='ddp'."
+    ),
     exactness="approximate",
     offers=(Offer("rounding"),),
     exceptions={

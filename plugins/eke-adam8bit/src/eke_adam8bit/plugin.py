@@ -14,10 +14,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from eke import NoEffectWarning, Run, TechniqueCallback, compat
+from eke import NoEffectWarning, Run, TechniqueCallback
+from eke.strategies import imposed
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
@@ -180,32 +181,15 @@ def choose(backend: str, strategy: Strategy) -> str:
     """The back end that serves a strategy.
 
     Raises:
-        MisconfigurationException: none does, or the one that was asked for does not.
+        MisconfigurationException: the one that does is not installed.
     """
-    who = type(strategy).__name__
-    if isinstance(strategy, ModelParallelStrategy):
-        if backend not in ("auto", "torchao"):
-            raise MisconfigurationException(
-                f"{who} shards each parameter, and states of back end {backend!r} would be saved from one process "
-                "only. Give backend='torchao'."
-            )
+    if "sharded parameters" in imposed(strategy):
         if not _installed("torchao"):
             raise MisconfigurationException(
-                f"{who} shards each parameter, which only back end 'torchao' can follow, and torchao is not installed: "
-                "pip install 'eke-adam8bit[torchao]'."
-            )
-        if not compat.saves_sharded(strategy):
-            raise MisconfigurationException(
-                f"{who} saves one file, from which torchao's 8-bit states cannot be read again. Let each process write "
-                "its own part: ZeRO(checkpoint='sharded'), or ModelParallelStrategy(save_distributed_checkpoint=True)."
+                f"{type(strategy).__name__} shards each parameter, which only back end 'torchao' can follow, and "
+                "torchao is not installed: pip install 'eke-adam8bit[torchao]'."
             )
         return "torchao"
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
-        raise MisconfigurationException(
-            f"Adam8bit does not know how {who} saves optimizer states: FSDP1 and DeepSpeed gather them by the "
-            "parameters' shapes, which 8-bit states do not have. Use one device, strategy='ddp', or FSDP2 "
-            "(ModelParallelStrategy)."
-        )
     on_cuda = strategy.root_device.type == "cuda"
     if backend == "auto":
         return "bitsandbytes" if on_cuda and _installed("bitsandbytes") else "torch"

@@ -7,7 +7,9 @@ RECORD = Technique(
     kind="plugin",
     factory="eke_attention:Attention",
     paper="https://arxiv.org/abs/2205.14135",
-    survey="4 Hardware/algorithm co-design: efficient attention",
+    does="Attention by another kernel or on fewer pairs: SDPA, FlexAttention, windows, predicted sparsity",
+    topics=("efficient attention", "hardware-aware low precision", "sparse matrix multiplication"),
+    survey=(20, 33, 34, 63, 71, 91),
     effects=("changes attention",),
     exactness="model-changing",  # with a pattern; without one sums are reordered
 )

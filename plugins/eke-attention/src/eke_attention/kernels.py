@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import NamedTuple
 
 import torch
 from eke import EkeError
+from eke.seams.sdpa import Call, sdpa
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,31 +25,6 @@ Mod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # batch, head, query, 
 
 class AttentionError(EkeError, ValueError):
     """Attention that cannot be replaced, or a kernel that cannot run here."""
-
-
-class Call(NamedTuple):
-    """One call of attention, as the model made it.
-
-    Args:
-        query: (batch, heads, queries, size).
-        key, value: (batch, key heads, keys, size); fewer heads serve several of the query's each.
-        mask: (batch or 1, heads or 1, queries, keys), bool where they may meet, or a number to add; or None.
-        causal: Each query sees keys up to its own place.
-        scale: Of the products.
-        dropout: Share of the weights that are dropped.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None = None
-    causal: bool = False
-    scale: float | None = None
-    dropout: float = 0.0
-
-    @property
-    def factor(self) -> float:
-        return 1 / math.sqrt(self.query.shape[-1]) if self.scale is None else self.scale
 
 
 def repeated(call: Call) -> Call:
@@ -76,25 +51,6 @@ def naive(call: Call) -> Tensor:
     """Attention as it is written down: the reference for all others. Queries that may meet nothing give zeros."""
     weights = scores(call).float().softmax(-1).nan_to_num(0.0).to(call.query.dtype)
     return F.dropout(weights, call.dropout) @ repeated(call).value
-
-
-def sdpa(call: Call) -> Tensor:
-    """``scaled_dot_product_attention``, which takes the best kernel that serves."""
-    mask, causal = call.mask, call.causal
-    if causal and mask is not None:  # which torch does not take together
-        square = torch.ones(call.query.shape[2], call.key.shape[2], dtype=torch.bool, device=mask.device).tril()
-        mask = mask & square if mask.dtype == torch.bool else mask.masked_fill(~square, -torch.inf)
-        causal = False
-    return F.scaled_dot_product_attention(
-        call.query,
-        call.key,
-        call.value,
-        attn_mask=mask,
-        dropout_p=call.dropout,
-        is_causal=causal,
-        scale=call.scale,
-        enable_gqa=call.query.shape[1] != call.key.shape[1],
-    )
 
 
 def _demanded(backend: SDPBackend) -> Callable[[Call], Tensor]:

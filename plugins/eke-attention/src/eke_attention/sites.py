@@ -7,26 +7,23 @@ numbers: both are run on random input first, and a module that gives others is r
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
+from eke.seams.anatomy import AttentionSite, attention_sites, quiet
 from eke.seams.blocks import Attention, BlocksError, find_attention
+from eke.seams.sdpa import Call, Catch, sdpa
 from eke.seams.wrap import Wrapper
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-from eke_attention.kernels import AttentionError, Call, sdpa
+from eke_attention.kernels import AttentionError
 
 NAME = "eke"  # in Hugging Face's interface
-_HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads", "heads")
-_SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-_TORCH = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
 Attend = Callable[["Site", Call], Tensor]
 
 
@@ -173,7 +170,7 @@ def _install_one(found: Attention, attend: Attend) -> tuple[Site | None, str]:
 @torch.compiler.disable  # what is caught while running cannot be compiled; the kernels need no compiling
 def _run_caught(site: Site, call_next: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     before = site.calls
-    with _Catch(site):
+    with Catch(site):
         output = call_next(*args, **kwargs)
     if site.calls == before:
         raise AttentionError(
@@ -197,102 +194,6 @@ def _note_input(site: Site | None, module: nn.Module, args: tuple[Any, ...], kwa
         site.layer["input"] = (x if first else x.transpose(0, 1)).detach()
 
 
-class _Catch(TorchFunctionMode):
-    """Hands ``scaled_dot_product_attention`` to a site."""
-
-    def __init__(self, site: Callable[[Call], Tensor]) -> None:
-        super().__init__()
-        self.site = site
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            given = {**dict(zip(_SDPA, args, strict=False)), **(kwargs or {})}
-            query, key, value = given["query"], given["key"], given["value"]
-            call = Call(
-                *(part if part.ndim == 4 else part[:, None] for part in (query, key, value)),
-                _four(given.get("attn_mask"), query.ndim),
-                given.get("is_causal", False),
-                given.get("scale"),
-                given.get("dropout_p", 0.0),
-            )
-            found = self.site(call)
-            return found if query.ndim == 4 else found[:, 0]
-        if func is F.multi_head_attention_forward:
-            given = dict(zip(_TORCH, args, strict=False)) | (kwargs or {})
-            if _is_plain(given):
-                return _torch_attention(self.site, given), None
-        return func(*args, **(kwargs or {}))
-
-
-def _is_plain(given: dict[str, Any]) -> bool:
-    """No weights are asked for, and nothing is added to keys and values."""
-    rare = ("bias_k", "bias_v", "static_k", "static_v")
-    return not (
-        given.get("need_weights", True)
-        or given["add_zero_attn"]
-        or given.get("use_separate_proj_weight")
-        or any(given.get(name) is not None for name in rare)
-        or given["query"].ndim != 3
-    )
-
-
-def _torch_attention(site: Callable[[Call], Tensor], given: dict[str, Any]) -> Tensor:
-    """What ``multi_head_attention_forward`` computes: a mode is off inside of what it catches, and would not see it.
-
-    (length, batch, width) in and out.
-    """
-    weights, biases = given["in_proj_weight"].chunk(3), (None,) * 3
-    if given["in_proj_bias"] is not None:
-        biases = given["in_proj_bias"].chunk(3)
-    heads, mask, padding = given["num_heads"], given.get("attn_mask"), given.get("key_padding_mask")
-    query, key, value = (
-        F.linear(given[name], weight, bias).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
-        for name, weight, bias in zip(("query", "key", "value"), weights, biases, strict=True)
-    )
-    causal = bool(given.get("is_causal")) and padding is None
-    if causal:
-        mask = None  # it says the same
-    if mask is not None:
-        mask = mask.unflatten(0, (-1, heads)) if mask.ndim == 3 else mask[None, None]
-    if padding is not None:
-        padding = padding[:, None, None]
-    both = [part for part in (mask, padding) if part is not None]
-    if all(part.dtype == torch.bool for part in both):  # True forbids
-        mask = ~(both[0] | both[-1]) if both else None
-    else:
-        mask = sum(
-            torch.zeros(part.shape, dtype=query.dtype, device=part.device).masked_fill(part, -torch.inf)
-            if part.dtype == torch.bool
-            else part.to(query.dtype)
-            for part in both
-        )
-    dropout = given["dropout_p"] if given.get("training", True) else 0.0
-    output = site(Call(query, key, value, mask, causal, None, dropout))
-    return F.linear(output.permute(2, 0, 1, 3).flatten(2), given["out_proj_weight"], given["out_proj_bias"])
-
-
-def _four(mask: Tensor | None, ndim: int) -> Tensor | None:
-    """A mask with a dimension each for batch, heads, queries and keys."""
-    if mask is None:
-        return None
-    if ndim == 3 and mask.ndim == 3:
-        return mask[:, None]
-    return mask[(None,) * (4 - mask.ndim)]
-
-
-@contextmanager
-def _quiet(module: nn.Module) -> Iterator[None]:
-    """Evaluation without a graph, to try a module out."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
-
-
 def _sample(module: nn.Module) -> Tensor:
     weight = next(part for part in module.parameters() if part.ndim >= 2)
     width = next((getattr(module, name) for name in ("embed_dim", "hidden_size") if hasattr(module, name)), None)
@@ -311,10 +212,10 @@ def _calls_sdpa(found: Attention) -> bool | None:
 
     def spy(call: Call) -> Tensor:
         seen.append(1)
-        return F.scaled_dot_product_attention(*call[:4], 0.0, call.causal, scale=call.scale)
+        return sdpa(call)
 
     try:
-        with _quiet(found.module), _Catch(spy):
+        with quiet(found.module), Catch(spy):
             found.module(_sample(found.module))
     except Exception:
         return None
@@ -324,57 +225,46 @@ def _calls_sdpa(found: Attention) -> bool | None:
 def _rebuild(found: Attention) -> tuple[Callable[..., Any] | None, str]:
     """Compute a module's output from its projections, if that gives its own numbers."""
     module = found.module
-    heads = next((getattr(module, name) for name in _HEADS if isinstance(getattr(module, name, None), int)), None)
     try:
-        inner = [found.projection(of) for of in ("q", "k", "v")]
-    except BlocksError:
-        return None, "it has no projections for queries, keys and values"
-    outer = [
-        child for child in module.children() if isinstance(child, nn.Linear) and all(child is not one for one in inner)
-    ]
-    if heads is None or len(outer) != 1:
-        return None, "it names no number of heads, or has not one linear layer behind attention"
+        site = attention_sites(module)[0]
+        layouts = [site, replace(site, by_head=True)] if found.kind == "fused" else [site]
+        shape = {of: (heads, site.size) for of, heads in zip("qkv", (site.heads, *[site.key_heads] * 2), strict=True)}
+    except (BlocksError, IndexError) as error:
+        return None, str(error) or "it has no projections for queries, keys and values"
+    if site.output is None:
+        return None, "it has no layer behind attention"
     drops = [child for name, child in module.named_children() if isinstance(child, nn.Dropout)]
     norms = {
         of: child for of in "qk" for name, child in module.named_children() if re.fullmatch(f"{of}_?(norm|ln)", name)
     }
 
-    def compute(x: Tensor, site: Callable[[Call], Tensor], causal: bool, by_head: bool) -> Tensor:
+    def compute(x: Tensor, layout: AttentionSite, causal: bool, attend: Callable[[Call], Tensor]) -> Tensor:
         if found.kind == "fused":
-            parts = inner[0](x)
-            if by_head:  # each head's three one behind the other
-                query, key, value = parts.unflatten(-1, (heads, 3, -1)).permute(3, 0, 2, 1, 4)
-            else:
-                query, key, value = parts.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+            parts = layout.split(site.query.module(x))
         else:
-            query, key, value = (one(x).unflatten(-1, (heads, -1)).transpose(1, 2) for one in inner)
+            maps = zip((site.query, site.key, site.value), shape.values(), strict=True)
+            parts = [one.module(x).unflatten(-1, sizes) for one, sizes in maps]
+        query, key, value = (part.transpose(1, 2) for part in parts)
         query = norms["q"](query) if "q" in norms else query
         key = norms["k"](key) if "k" in norms else key
         inside = drops[0].p if len(drops) > 1 and module.training else 0.0  # of the weights; the other is behind
-        output = site(Call(query, key, value, None, causal, None, inside))
-        output = outer[0](output.transpose(1, 2).flatten(2))
+        output = attend(Call(query, key, value, None, causal, None, inside))
+        output = site.output.module(output.transpose(1, 2).flatten(2))
         return drops[-1](output) if drops else output
 
-    def plain(call: Call) -> Tensor:
-        return F.scaled_dot_product_attention(*call[:3], is_causal=call.causal)
-
-    with _quiet(module):
+    with quiet(module):
         sample = _sample(module)
         wanted = module(sample)
         if not isinstance(wanted, Tensor):
             return None, "it returns more than a tensor"
-        for causal in (False, True):
-            for by_head in (False, True):
-                try:
-                    given = compute(sample, plain, causal, by_head)
-                except RuntimeError:
-                    continue
-                if given.shape == wanted.shape and torch.allclose(given, wanted, rtol=1e-3, atol=1e-4):
-                    return partial(_rebuilt, compute, causal, by_head), ""
+        for causal, layout in product((False, True), layouts):
+            given = compute(sample, layout, causal, sdpa)
+            if given.shape == wanted.shape and torch.allclose(given, wanted, rtol=1e-3, atol=1e-4):
+                return partial(_rebuilt, compute, layout, causal), ""
     return None, "computed from its projections it gives other numbers than its own code"
 
 
 def _rebuilt(
-    compute: Callable[..., Tensor], causal: bool, by_head: bool, x: Tensor, site: Callable[[Call], Tensor]
+    compute: Callable[..., Tensor], layout: AttentionSite, causal: bool, x: Tensor, attend: Callable[[Call], Tensor]
 ) -> Tensor:
-    return compute(x, site, causal, by_head)
+    return compute(x, layout, causal, attend)

@@ -250,13 +250,36 @@ class EmulatedLinear(nn.Linear):
 
     @torch.compiler.disable  # rounding goes over float64 and generators, and time is no aim here
     def forward(self, input: Tensor) -> Tensor:
-        weight = self.weight
-        if torch.is_autocast_enabled(input.device.type):
-            dtype = torch.get_autocast_dtype(input.device.type)
-            input, weight = input.to(dtype), weight.to(dtype)
-        with torch.autocast(input.device.type, enabled=False):
-            output = _Linear.apply(input, weight, self.eke_fp8, self.training)
-        return output if self.bias is None else output + self.bias.to(output.dtype)
+        return _emulated(self, input, self.weight)
+
+
+class EmulatedConv1D(nn.Module):
+    """The same of Hugging Face's ``Conv1D``, whose weight is (inputs, outputs)."""
+
+    eke_fp8: Arithmetic
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        return _emulated(self, x, self.weight.t())
+
+
+EMULATED = (EmulatedLinear, EmulatedConv1D)
+
+
+def emulate(layer: nn.Module, arithmetic: Arithmetic) -> nn.Module:
+    """Let a layer multiply so from now on: an ``nn.Linear``, or a ``Conv1D``. It stays the same object."""
+    layer.__class__ = EmulatedLinear if isinstance(layer, nn.Linear) else EmulatedConv1D
+    layer.eke_fp8 = arithmetic
+    return layer
+
+
+def _emulated(layer: nn.Module, input: Tensor, weight: Tensor) -> Tensor:
+    if torch.is_autocast_enabled(input.device.type):
+        dtype = torch.get_autocast_dtype(input.device.type)
+        input, weight = input.to(dtype), weight.to(dtype)
+    with torch.autocast(input.device.type, enabled=False):
+        output = _Linear.apply(input, weight, layer.eke_fp8, layer.training)
+    return output if layer.bias is None else output + layer.bias.to(output.dtype)
 
 
 class _Linear(torch.autograd.Function):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from eke import EkeError
+from eke.seams.layers import Transposed, is_conv1d
 from torch import nn
 
 from eke_fp8.arithmetic import RECIPES
@@ -62,23 +63,19 @@ def pick(backend: str, recipe: str, device: torch.device) -> tuple[str, str]:
     return "emulation", "; ".join(reasons.values())
 
 
-def put(module: nn.Module, name: str, layer: nn.Module) -> nn.Module:
-    """Put a layer in the place of another, and return that."""
-    path, _, last = name.rpartition(".")
-    parent, before = module.get_submodule(path), module.get_submodule(name)
-    setattr(parent, last, layer)
-    layer.train(before.training)
-    return before
-
-
-def torchao_linear(recipe: str, emulate: bool = False) -> Callable[[nn.Linear], nn.Module]:
-    """Builds torchao's layer around a linear layer's own parameters. ``emulate`` runs without the hardware."""
+def torchao_linear(recipe: str, emulate: bool = False) -> Callable[[nn.Module], nn.Module]:
+    """Builds torchao's layer around a linear layer's own parameters, a ``Conv1D``'s too. ``emulate`` runs without the
+    hardware."""
     from torchao.float8 import Float8LinearConfig
     from torchao.float8.float8_linear import Float8Linear
 
     # Products of a number of tokens that is no multiple of 16 are padded, not refused.
     config = changed(Float8LinearConfig.from_recipe_name(recipe), emulate=emulate, pad_inner_dim=not emulate)
-    return lambda layer: Float8Linear.from_float(layer, config=config)
+
+    def build(layer: nn.Module) -> nn.Module:
+        return Transposed(layer, build) if is_conv1d(layer) else Float8Linear.from_float(layer, config=config)
+
+    return build
 
 
 def te_linear() -> Callable[[nn.Linear], nn.Module]:

@@ -11,20 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
 import torch
 from eke import Run, Technique, TechniqueCallback
-from eke.seams.blocks import BlocksError, find_blocks
+from eke.seams.blocks import BlocksError, find_all_blocks
+from eke.seams.layers import is_conv1d, restore, swap, swapped
+from eke.seams.linear import features
+from eke.seams.names import match, plain, plain_keys
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import TransformerEnginePrecision
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from eke_fp8.arithmetic import RECIPES, Arithmetic, EmulatedLinear, round_to
+from eke_fp8.arithmetic import RECIPES, Arithmetic, emulate, round_to
 from eke_fp8.entry import RECORD
-from eke_fp8.hardware import SERVES, FP8Error, TEState, pick, put, te_autocast, te_linear, torchao_linear
+from eke_fp8.hardware import SERVES, FP8Error, TEState, pick, te_autocast, te_linear, torchao_linear
 
 
 @dataclass
@@ -41,6 +43,7 @@ def choose(
     keep: list[str] = (),
     smallest: int = 16,
     multiple: int = 16,
+    conv1d: bool = True,
 ) -> Choice:
     """Choose the linear layers of a model that are to be converted.
 
@@ -51,32 +54,38 @@ def choose(
         keep: Patterns of names that stay as they are.
         smallest: Fewest inputs and outputs.
         multiple: Of which both have to be one: 16 is what the hardware multiplies.
+        conv1d: Whether Hugging Face's ``Conv1D`` (GPT-2's) is converted, too.
+
+    Raises:
+        NamesError: a pattern that meets no linear layer.
     """
-    linear = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
+    linear = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear) or is_conv1d(part)}
+    linear = plain_keys(linear)
     others = {
-        name: f"a {type(part).__name__}, which is no nn.Linear"
+        plain(name): "a MultiheadAttention, which computes with its weights alone"
         for name, part in module.named_modules()
-        if type(part).__name__ in ("Conv1D", "MultiheadAttention")
+        if isinstance(part, nn.MultiheadAttention)
     }
     if layers is not None:
-        patterns = [layers] if isinstance(layers, str) else layers
-        wanted = {name for name in linear if any(fnmatchcase(name, one) for one in patterns)}
-        why = "not among layers"
+        wanted, why = set(match(linear, layers, "layers")), "not among layers"
     else:
         try:
-            path = find_blocks(module).path
-            wanted, why = {name for name in linear if name.startswith(f"{path}.")}, "outside of the blocks"
+            paths = tuple(f"{plain(blocks.path)}." for blocks in find_all_blocks(module))
+            wanted, why = {name for name in linear if name.startswith(paths)}, "outside of the blocks"
         except BlocksError:
             wanted, why = set(list(linear)[1:-1]), "the first or the last"
+    kept = set(match(linear, keep, "keep")) if keep else set()
     choice = Choice([], others)
     for name, part in linear.items():
-        sizes = part.in_features, part.out_features
+        sizes = features(part)
         if name not in wanted:
             choice.left[name] = why
-        elif any(fnmatchcase(name, one) for one in keep):
+        elif name in kept:
             choice.left[name] = "to be kept"
-        elif type(part) is not nn.Linear and not isinstance(part, EmulatedLinear):
+        elif type(part) is not nn.Linear and not is_conv1d(part):
             choice.left[name] = f"a {type(part).__name__}, which is no plain nn.Linear"
+        elif is_conv1d(part) and not conv1d:
+            choice.left[name] = "a Conv1D, which Transformer Engine does not multiply"
         elif any(size % multiple for size in sizes):
             choice.left[name] = f"{sizes[0]} by {sizes[1]} features, no multiples of {multiple}"
         elif min(sizes) < smallest:
@@ -148,7 +157,7 @@ class FP8(TechniqueCallback):
         self.min_features, self.stochastic = min_features, stochastic
         self.history, self.margin = 1024 if history is None else history, margin or 0
         self._module: LightningModule | None = None
-        self._converted: dict[str, nn.Module] = {}  # by name, what stood there
+        self._taken: list[str] = []  # names of the layers that multiply in FP8
         self._used, self._why, self._steps = "", "", 0
         self._kept: dict[str, Any] = {}  # what layers remember, before training and after it
 
@@ -169,29 +178,26 @@ class FP8(TechniqueCallback):
 
     def alter_model(self, run: Run) -> None:
         pl_module = run.module
-        if self._converted:
+        if self._taken:
             return
-        choice = choose(pl_module, self.layers, self.keep, self.min_features, 32 if self.recipe == "mx" else 16)
+        restore(pl_module, RECORD.name)  # a copy of a model in training comes with its layers
+        multiple = 32 if self.recipe == "mx" else 16
+        choice = choose(pl_module, self.layers, self.keep, self.min_features, multiple, conv1d=self._used != "te")
         if not choice.taken:
             raise FP8Error(
                 f"{type(pl_module).__name__} has no linear layer for FP8. Left as they are: {_listed(choice.left)}. "
-                "Name "
-                "layers by FP8(layers='*.mlp.*')."
+                "Name layers by FP8(layers='*.mlp.*')."
             )
         self._announce(choice, pl_module.device)
+        swap(pl_module, choice.taken, self._build, RECORD.name)
+        self._taken = choice.taken
+
+    def _build(self, layer: nn.Module) -> nn.Module:
         if self._used == "emulation":
             generator = self.generator if self.stochastic else None
-            for name in choice.taken:
-                layer = pl_module.get_submodule(name)
-                self._converted[name] = layer
-                layer.__class__ = EmulatedLinear
-                layer.eke_fp8 = Arithmetic(self.recipe, generator, self.history, self.margin)
-        else:
-            build = torchao_linear(self.recipe) if self._used == "torchao" else te_linear()
-            for name in choice.taken:
-                self._converted[name] = put(pl_module, name, build(pl_module.get_submodule(name)))
-        for name in choice.taken:
-            pl_module.get_submodule(name).register_forward_pre_hook(_nothing)
+            return emulate(layer, Arithmetic(self.recipe, generator, self.history, self.margin))
+        build = torchao_linear(self.recipe) if self._used == "torchao" else te_linear()
+        return build(layer)
 
     def _announce(self, choice: Choice, device: torch.device) -> None:
         text = f"FP8: {len(choice.taken)} linear layers, recipe {self.recipe}, by {self._used} ({self._why})."
@@ -207,17 +213,8 @@ class FP8(TechniqueCallback):
         if self._module is not None:
             self._kept = self._memory(pl_module)
         self._module = None
-        if self._used != "emulation":
-            for name, own in self._converted.items():
-                put(pl_module, name, own)
-        for part in pl_module.modules():  # and not by name: blocks may have been copied
-            for number, hook in list(part._forward_pre_hooks.items()):
-                if hook is _nothing:
-                    del part._forward_pre_hooks[number]
-            if type(part) is EmulatedLinear:
-                part.__class__ = nn.Linear
-                del part.eke_fp8
-        self._converted = {}
+        restore(pl_module, RECORD.name)
+        self._taken = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._module, self._steps = pl_module, self.progress.steps
@@ -253,18 +250,20 @@ class FP8(TechniqueCallback):
 
     @torch.no_grad()
     def _round_weights(self, pl_module: LightningModule) -> None:
-        for name in self._converted:
-            for weight in pl_module.get_submodule(name).parameters():
+        for layer in swapped(pl_module, RECORD.name).values():
+            for weight in layer.parameters():
+                if not weight.requires_grad:
+                    continue  # what nothing updates is not rounded again, and may be left out of checkpoints
                 uniform = torch.rand(weight.shape, generator=self.generator).to(weight.device)
                 weight.copy_(round_to(weight.float(), 9, -30, uniform))
 
     def _with_memory(self, pl_module: LightningModule) -> dict[str, Any]:
         """Layers that remember something, by name."""
         if self._used == "te":
-            return {name: TEState(pl_module.get_submodule(name)) for name in self._converted}
+            return {name: TEState(layer) for name, layer in swapped(pl_module, RECORD.name).items()}
         if self._used != "emulation" or self.recipe != "delayed":
             return {}
-        return {name: part.eke_fp8 for name, part in pl_module.named_modules() if isinstance(part, EmulatedLinear)}
+        return {name: layer.eke_fp8 for name, layer in swapped(pl_module, RECORD.name).items()}
 
     def _memory(self, pl_module: LightningModule) -> dict[str, Any]:
         return {name: layer.state_dict() for name, layer in self._with_memory(pl_module).items()}
@@ -276,11 +275,7 @@ class FP8(TechniqueCallback):
         self._kept = state["layers"]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_module": None, "_converted": {}}  # a copy meets its model anew
-
-
-def _nothing(layer: nn.Module, args: tuple[Any, ...]) -> None:
-    """A hook: without one, torch's encoder layers read a layer's weights in evaluation and never call it."""
+        return {**super().__getstate__(), "_module": None, "_taken": []}  # a copy meets its model anew
 
 
 def _listed(left: dict[str, str]) -> str:

@@ -3,7 +3,8 @@
 Importing it registers the strategy's names.
 """
 
-from eke_zero.strategy import NAMES, ZeRO, ZeROError, register
+from eke_zero.base import ZeROError
+from eke_zero.strategy import NAMES, ZeRO, register
 
 __all__ = ["NAMES", "ZeRO", "ZeROError"]
 

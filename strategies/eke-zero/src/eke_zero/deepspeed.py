@@ -6,19 +6,15 @@ import os
 from typing import Any
 
 import torch
-from eke.technique import techniques
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
-from eke_zero.strategy import ZeRO, ZeROError, say_plan
-
-# What DeepSpeed does between backward and the optimizer's step by itself, where no technique can reach.
-_ITS_OWN = ("gradients", "optimizer state", "weights-at-eval")
+from eke_zero.base import Engine, ZeROError, say_plan
 
 
-class DeepSpeedZeRO(ZeRO, DeepSpeedStrategy):
+class DeepSpeedZeRO(Engine, DeepSpeedStrategy):
     """ZeRO on DeepSpeed."""
 
     def _engine_settings(self) -> dict[str, Any]:
@@ -70,19 +66,11 @@ class DeepSpeedZeRO(ZeRO, DeepSpeedStrategy):
         self._init_deepspeed_distributed()
 
     def setup(self, trainer: Trainer) -> None:
-        for one in techniques(trainer):
-            record = type(one).technique
-            touched = [what for what in _ITS_OWN if what in record.touches("changes") | record.touches("replaces")]
-            if touched:
-                raise ZeROError(
-                    f"{type(one).__name__} changes {touched[0]}, which DeepSpeed keeps to itself. Give "
-                    "ZeRO(engine='torch'), or leave it out."
-                )
         if not self.lightning_module.automatic_optimization:
             raise ZeROError(f"{type(self.lightning_module).__name__} optimizes by hand. Give engine='torch', stage=1.")
-        self._recompute(self.lightning_module)
+        blocks = self._recompute(self.lightning_module)
         super().setup(trainer)
-        say_plan(self, self.lightning_module, len(self._recomputed))
+        say_plan(self, self.lightning_module, blocks)
 
     def backward(self, closure_loss: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         # Lightning has divided the loss by the batches of a step, and DeepSpeed would do so again.

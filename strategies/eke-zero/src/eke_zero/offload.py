@@ -7,16 +7,17 @@ not overlap, and no delayed update.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from eke.seams.wrapped import OptimizerWrapper
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 
-class Offloaded(Optimizer):
+class Offloaded(OptimizerWrapper, Optimizer):
     """Steps another optimizer on copies of its weights in CPU memory, and copies the result back.
 
     Args:
@@ -26,16 +27,23 @@ class Offloaded(Optimizer):
     def __init__(self, base: Optimizer) -> None:
         groups = [{**group, "params": list(group["params"])} for group in base.param_groups]
         super().__init__(groups, dict(base.defaults))
-        self.base = base
-        self.copies: dict[Tensor, Tensor] = {}
+        self._base = base
+        self._copies: dict[Tensor, Tensor] = {}
         self._seen: dict[Tensor, int] = {}  # version of each weight when its copy was last equal to it
         for group in base.param_groups:
             group["params"] = [self._copy_of(parameter) for parameter in group["params"]]
         base.state.clear()
 
+    @property
+    def inner(self) -> Optimizer:
+        return self._base
+
+    def host_tensors(self) -> Iterable[Tensor]:
+        return self._copies.values()
+
     def _copy_of(self, parameter: Tensor) -> Tensor:
         copy = on_cpu(parameter.detach())
-        self.copies[parameter] = copy
+        self._copies[parameter] = copy
         self._seen[parameter] = _local(parameter)._version
         return copy
 
@@ -45,26 +53,26 @@ class Offloaded(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for ours, theirs in zip(self.param_groups, self.base.param_groups, strict=True):
+        for ours, theirs in zip(self.param_groups, self._base.param_groups, strict=True):
             theirs.update({key: value for key, value in ours.items() if key != "params"})
-        for parameter, copy in self.copies.items():
+        for parameter, copy in self._copies.items():
             if _local(parameter)._version != self._seen[parameter]:  # somebody else has set the weight
                 _local(copy).copy_(_local(parameter))
             copy.grad = None if parameter.grad is None else on_cpu(parameter.grad)
-        self.base.step()
-        for parameter, copy in self.copies.items():
+        self._base.step()
+        for parameter, copy in self._copies.items():
             if copy.grad is not None:
                 _local(parameter).copy_(_local(copy), non_blocking=True)
                 copy.grad = None
             self._seen[parameter] = _local(parameter)._version
-            if copy in self.base.state:
-                self.state[parameter] = self.base.state[copy]
+            if copy in self._base.state:
+                self.state[parameter] = self._base.state[copy]
         return loss
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)  # which has moved what it read to the weights' device
-        for parameter, copy in self.copies.items():
+        for parameter, copy in self._copies.items():
             _local(copy).copy_(_local(parameter))
             self._seen[parameter] = _local(parameter)._version
             if parameter in self.state:
@@ -72,7 +80,7 @@ class Offloaded(Optimizer):
                     key: on_cpu(value) if isinstance(value, Tensor) else value
                     for key, value in self.state[parameter].items()
                 }
-                self.base.state[copy] = self.state[parameter] = state
+                self._base.state[copy] = self.state[parameter] = state
 
 
 def on_cpu(tensor: Tensor) -> Tensor:

@@ -11,18 +11,17 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
+from eke_zero.base import Engine, say_plan
 from eke_zero.offload import Offloaded
-from eke_zero.strategy import ZeRO, say_plan
 
 
-class ReplicatedZeRO(ZeRO, DDPStrategy):
+class ReplicatedZeRO(Engine, DDPStrategy):
     """ZeRO stage 1 on torch."""
 
     def setup(self, trainer: Trainer) -> None:
-        if self.remat:
-            self._recompute(self.lightning_module)
+        blocks = self._recompute(self.lightning_module)
         super().setup(trainer)
-        say_plan(self, self.lightning_module, len(self._recomputed))
+        say_plan(self, self.lightning_module, blocks)
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)

@@ -26,13 +26,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 
+from eke_zero.base import Engine, ZeROError, say_plan
 from eke_zero.offload import Offloaded
-from eke_zero.strategy import ZeRO, ZeROError, say_plan
 
 META = "meta.pt"  # Lightning's name for what is no tensor of the model or the optimizer
 
 
-class ShardedZeRO(ZeRO, ModelParallelStrategy):
+class ShardedZeRO(Engine, ModelParallelStrategy):
     """ZeRO stages 2 and 3 on torch."""
 
     is_distributed = True  # or Lightning would not give each process its own samples

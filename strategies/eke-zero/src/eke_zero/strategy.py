@@ -11,29 +11,18 @@ units divided between steps too, and whole from their first use in forward to th
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from inspect import signature
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from eke import EkeError, Technique, TechniqueStrategy, compat
-from eke.seams.blocks import BlocksError, find_blocks
-from eke.seams.state import rng_state, set_rng_state
-from eke.seams.wrap import Wrapper
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.strategies import Strategy, StrategyRegistry
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint as recompute
+from eke import Technique
+from lightning.pytorch.strategies import StrategyRegistry
 
+from eke_zero.base import Engine
+from eke_zero.deepspeed import DeepSpeedZeRO
 from eke_zero.entry import RECORD
-from eke_zero.watch import Watch
+from eke_zero.replicated import ReplicatedZeRO
+from eke_zero.sharded import ShardedZeRO
 
 NAMES: dict[str, dict[str, Any]] = {
     "zero1": {"stage": 1},
@@ -44,11 +33,7 @@ NAMES: dict[str, dict[str, Any]] = {
 }
 
 
-class ZeROError(EkeError):
-    """What was asked for cannot be sharded, saved or loaded so."""
-
-
-class ZeRO(TechniqueStrategy, Strategy):
+class ZeRO(Engine):
     """Divide what DDP keeps a copy of on each process. Give it to ``strategy=``, or one of its names: ``"zero1"``,
     ``"zero2"``, ``"zero3"``, ``"zero2_offload"``, ``"zero3_offload"``, once ``eke_zero`` is imported.
 
@@ -85,19 +70,13 @@ class ZeRO(TechniqueStrategy, Strategy):
     """
 
     technique: ClassVar[Technique] = RECORD
-    shards_in_setup: ClassVar[bool] = True
-    shards_optimizer: ClassVar[bool] = True
 
-    def __new__(cls, stage: int = 3, offload: Any = None, engine: str = "torch", *args: Any, **kwargs: Any) -> ZeRO:
-        if cls is not ZeRO:
-            return super().__new__(cls)
+    def __new__(cls, stage: int = 3, offload: Any = None, engine: str = "torch", *args: Any, **kwargs: Any) -> Any:
         if engine == "deepspeed":
-            from eke_zero.deepspeed import DeepSpeedZeRO as engine_class
-        elif stage == 1:
-            from eke_zero.replicated import ReplicatedZeRO as engine_class
+            chosen = DeepSpeedZeRO
         else:
-            from eke_zero.sharded import ShardedZeRO as engine_class
-        return super().__new__(engine_class)
+            chosen = ReplicatedZeRO if stage == 1 else ShardedZeRO
+        return chosen(stage, offload, engine, *args, **kwargs)
 
     def __init__(
         self,
@@ -113,231 +92,14 @@ class ZeRO(TechniqueStrategy, Strategy):
         timeout: float = 1800.0,
         config: dict[str, Any] | None = None,
     ) -> None:
-        _one_of("stage", stage, (1, 2, 3))
-        _one_of("offload", offload, (None, "optimizer", "params"))
-        _one_of("engine", engine, ("torch", "deepspeed"))
-        _one_of("checkpoint", checkpoint, (None, "full", "sharded"))
-        _one_of("compute_dtype", compute_dtype, (None, "bfloat16"))
-        if offload == "params" and stage != 3:
-            raise ZeROError(
-                f"offload='params' with stage={stage}: weights that each process needs whole cannot wait in CPU "
-                "memory. Give stage=3, or offload='optimizer'."
-            )
-        if engine == "torch" and stage == 1:
-            if compute_dtype:
-                raise ZeROError("compute_dtype needs weights that are gathered: stage 2 or 3. Use precision=.")
-            if checkpoint == "sharded":
-                raise ZeROError("checkpoint='sharded' with stage=1: only stages 2 and 3 have parts to write.")
-        if config and engine != "deepspeed":
-            raise ZeROError("config= is for engine='deepspeed'.")
-        if timeout <= 0:
-            raise ZeROError(f"timeout={timeout}: seconds, more than 0, are needed.")
-        self.stage = stage
-        self.offload = offload
-        self.blocks = blocks
-        self.remat = remat
-        self.checkpoint = checkpoint or ("full" if engine == "torch" else None)
-        self.compute_dtype = compute_dtype
-        self.reduce_every_batch = reduce_every_batch
-        self.trial = trial
-        self.limit = timeout
-        self.config = config
-        self._watch: Watch | None = None
-        self._recomputed: list[Wrapper] = []
-        # The watch speaks first: it knows who hangs.
-        super().__init__(timeout=timedelta(seconds=timeout + 60), **self._engine_settings())
-
-    def _engine_settings(self) -> dict[str, Any]:
-        return {}
-
-    @property
-    def keeps_on_host(self) -> tuple[str, ...]:
-        """What is in CPU memory, beside a card, for a forecast."""
-        kept = {"optimizer": ("optimizer",), "params": ("parameters", "gradients", "optimizer")}
-        return kept.get(self.offload, ())
-
-    # ------------------------------------------------------------------ a run
-
-    def setup_environment(self) -> None:
-        self._begin(super().setup_environment)
-
-    def _begin(self, connect: Callable[[], None]) -> None:
-        connect()
-        store = compat.process_store() if self.world_size > 1 and self._watch is None else None
-        if store is not None:
-            self._watch = Watch(store, self.global_rank, self.world_size, self.limit, self._end_children)
-            self._watch.start()
-
-    def _end_children(self) -> None:
-        """Lightning's launcher ends the other processes of its machine when one dies, but not when it does itself."""
-        if self.launcher is not None and hasattr(self.launcher, "kill"):
-            self.launcher.kill(9)
-
-    def find_units(self, module: nn.Module) -> list[nn.Module]:
-        """The blocks, each of which is gathered as a whole.
-
-        Raises:
-            ZeROError: none found, or two that share weights.
-        """
-        paths = self.blocks if isinstance(self.blocks, list) else [self.blocks]
-        found = []
-        for path in paths:
-            try:
-                blocks = find_blocks(module, path)
-            except BlocksError as error:
-                raise ZeROError(
-                    f"{error} ZeRO takes them by path: blocks='model.layers', or a list of paths."
-                ) from None
-            found += blocks.modules
-        users: dict[int, set[int]] = {}
-        inside = {id(part) for unit in found for part in unit.modules()}
-        outside = [part for part in module.modules() if id(part) not in inside]
-        for number, parts in enumerate([outside, *(unit.modules() for unit in found)]):
-            for parameter in (p for part in parts for p in part._parameters.values() if p is not None):
-                users.setdefault(id(parameter), set()).add(number)
-        shared = [name for name, parameter in module.named_parameters() if len(users[id(parameter)]) > 1]
-        if shared and self.stage > 1:
-            raise ZeROError(
-                f"{shared[0]!r} is used in several blocks, or in a block and outside, and each block is gathered by "
-                "itself. Give stage=1, or untie it."
-            )
-        return found
-
-    def _recompute(self, module: nn.Module) -> None:
-        if self.remat and not self._recomputed:
-            self._recomputed = [Wrapper(unit, "forward", [_run_again]) for unit in self.find_units(module)]
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._step("the training step", super().training_step, args, kwargs)
-
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._step("a validation step", super().validation_step, args, kwargs)
-
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._step("a test step", super().test_step, args, kwargs)
-
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._step("a prediction step", super().predict_step, args, kwargs)
-
-    def _step(self, what: str, step: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        trainer = self.lightning_module.trainer
-        self._tick(f"in {what}, after {trainer.global_step} steps")
-        return step(*args, **kwargs)
-
-    def _tick(self, doing: str) -> None:
-        if self._watch is not None:
-            self._watch.tick(doing)
-
-    def teardown(self) -> None:
-        for wrapper in self._recomputed:
-            wrapper.remove()
-        self._recomputed = []
-        if self._watch is not None:
-            self._watch.stop()
-            self._watch = None
-        super().teardown()
-
-    def on_exception(self, exception: BaseException) -> None:
-        if self._watch is not None:
-            self._watch.explain(exception)
-        super().on_exception(exception)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_watch": None}
-
-    # ------------------------------------------------------------------ checkpoints
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        self._tick(f"saving {filepath}")
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-        self._tick(f"having saved {filepath}")
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        self._tick(f"loading {checkpoint_path}")
-        return super().load_checkpoint(checkpoint_path, weights_only)
-
-    def on_train_start(self) -> None:
-        super().on_train_start()
-        trainer = self.lightning_module.trainer
-        if self.trial and any(isinstance(one, Checkpoint) for one in trainer.callbacks) and not trainer.fast_dev_run:
-            self._try_saving(trainer)
-
-    def _try_saving(self, trainer: Trainer) -> None:
-        """Save and load once, and see that nothing has changed by it.
-
-        Raises:
-            ZeROError: it fails, or what was loaded differs from what was saved.
-        """
-        folders = [getattr(one, "dirpath", None) for one in trainer.callbacks if isinstance(one, Checkpoint)]
-        folder = next((one for one in folders if one), trainer.default_root_dir)
-        path = Path(str(self.broadcast(os.path.join(str(folder), f".eke-trial-{os.getpid()}.ckpt"))))
-        if "://" in str(folder):
-            return  # a store that may charge for it, or keep what is removed
-        fresh = [optimizer for optimizer in trainer.optimizers if not optimizer.state]
-        random, before = rng_state(), self._fingerprint()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            trainer.save_checkpoint(path)
-            loaded = self.load_checkpoint(path)
-            self._load_back(loaded)
-            self.barrier("eke-zero trial")
-            changed = [name for name, value in self._fingerprint().items() if value != before[name]]
-            if changed:
-                raise ZeROError(f"after loading it {changed[0]!r} differs from what was saved")
-        except Exception as error:
-            raise ZeROError(
-                f"a checkpoint saved to {path.parent} before the first step does not come back: {error}. Nothing has "
-                "been trained. ZeRO(trial=False) leaves this check out."
-            ) from error
-        finally:
-            if self.is_global_zero:
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-            for optimizer in fresh:  # to save an optimizer without states, torch lets it make them by a step
-                self._forget_states(optimizer)
-            set_rng_state(random)
-
-    def _load_back(self, loaded: dict[str, Any]) -> None:
-        """Put a checkpoint's weights and optimizer states into the running model."""
-        raise NotImplementedError
-
-    def _forget_states(self, optimizer: Any) -> None:
-        while optimizer is not None:
-            optimizer.state.clear()
-            optimizer = getattr(optimizer, "base", None)
-
-    def _tensor(self, tensor: Tensor) -> Tensor:
-        """What this process holds of a tensor."""
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-    def _fingerprint(self) -> dict[str, float]:
-        """A number for each tensor that this process holds, equal for equal contents."""
-        module = self.lightning_module
-        return {
-            name: float(self._tensor(tensor).detach().double().nan_to_num().flatten().cumsum(0).sum())
-            for name, tensor in (*module.named_parameters(), *module.named_buffers())
-        }
+        """For its signature: what is built is an engine."""
 
 
-# Whoever asks for a ZeRO gets one of its engines, which leave nothing abstract; command lines look before they ask.
+for _engine in (ReplicatedZeRO, ShardedZeRO, DeepSpeedZeRO):
+    ZeRO.register(_engine)
+# An engine leaves nothing abstract; command lines look before they ask, and for the arguments at __new__ first.
 ZeRO.__abstractmethods__ = frozenset()
 ZeRO.__signature__ = signature(partial(ZeRO.__init__, None))
-
-
-def _run_again(call_next: Any, *args: Any, **kwargs: Any) -> Any:
-    return recompute(partial(call_next, **kwargs), *args, use_reentrant=False)
-
-
-def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
-        raise ZeROError(f"{name}={value!r}: one of {', '.join(map(repr, allowed))} is needed.")
-
-
-def say_plan(strategy: ZeRO, module: LightningModule, units: int) -> None:
-    """Tell once what is divided among whom."""
-    total = sum(parameter.numel() for parameter in module.parameters())
-    rank_zero_info(
-        f"ZeRO stage {strategy.stage}: {total:,} parameters among {strategy.world_size} processes, {units} blocks."
-    )
 
 
 def register() -> None:

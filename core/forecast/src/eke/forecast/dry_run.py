@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from eke import compat
+from eke.seams.wrapped import OptimizerWrapper, walk
 from eke.spec import EkeError
 from eke.technique import TechniqueCallback
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -501,10 +502,10 @@ class _Batches:
 
 def _states(optimizer: Any) -> Iterator[Tensor]:
     """All tensors that an optimizer, and those inside it, keep."""
-    while optimizer is not None:
-        kept = (list(optimizer.state.values()), list(getattr(optimizer, "copies", {}).values()))
-        yield from (leaf for leaf in tree_leaves(kept) if isinstance(leaf, Tensor))
-        optimizer = getattr(optimizer, "optim", None) or getattr(optimizer, "base", None)
+    for one in walk(optimizer):
+        yield from (leaf for leaf in tree_leaves(list(one.state.values())) if isinstance(leaf, Tensor))
+        if isinstance(one, OptimizerWrapper):
+            yield from one.host_tensors()
 
 
 def _inside(tensor: Tensor) -> Iterator[Tensor]:

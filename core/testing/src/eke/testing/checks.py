@@ -332,7 +332,7 @@ def does_what_its_record_says(subject: Subject) -> None:
 
     compare(("learning rate",), "the learning rate", _rates)
     compare(("requires_grad", "module tree"), "requires_grad", lambda state: _trace(state, "frozen"))
-    compare(("samples", "batch"), "the batches", lambda state: _trace(state, "batch"))
+    compare(("samples", "batch content", "batch subset"), "the batches", lambda state: _trace(state, "batch"))
     compare(("module tree",), "names and shapes of weights", lambda state: _shapes(state["weights"]))
     compare(("optimizer",), "the class of the optimizer", lambda state: state["optimizer classes"])
     assert not undeclared, "\n".join(undeclared)
