@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from eke.seams import interceptor
+from eke.seams.blocks import find_blocks
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -178,6 +179,13 @@ def test_a_skipped_block_survives_pickling(x, protocol):
     torch.save(net, buffer)
     buffer.seek(0)
     assert torch.equal(torch.load(buffer, weights_only=False)(x), net(x))
+
+
+def test_blocks_of_which_some_are_intercepted_are_found_as_before():
+    net = Net()
+    net.attention = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+    interceptor.attach(net.blocks[1:3], "test")
+    assert find_blocks(net).modules == list(net.blocks)
 
 
 def test_checkpointed_blocks_recompute_the_same_bits(x):

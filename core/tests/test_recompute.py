@@ -272,6 +272,30 @@ def test_operators_that_a_policy_keeps_run_once(length, by):
     assert_same_bits(gradients(model), wanted)
 
 
+def test_a_policy_that_counts_begins_anew_in_each_region():
+    begun = []
+
+    class Third:
+        def begin(self):
+            begun.append(counts := {False: 0, True: 0})
+
+            def policy(context, operator, *args, **kwargs):
+                if operator != torch.ops.aten.addmm.default:
+                    return CheckpointPolicy.PREFER_RECOMPUTE
+                counts[context.is_recompute] += 1
+                third = counts[context.is_recompute] % 3 == 0
+                return CheckpointPolicy.MUST_SAVE if third else CheckpointPolicy.PREFER_RECOMPUTE
+
+            return policy
+
+    model = TinyBlocks(dropout=0.1)
+    wanted = gradients(model)
+    recompute(model.blocks, policy=Third())
+    assert_same_bits(gradients(model), wanted)
+    assert len(begun) == 4
+    assert all(counts[False] == 4 for counts in begun)  # qkv, proj, fc1, fc2
+
+
 def count_operators(model, length, policy):
     if policy != "plain":
         recompute(model.blocks, spans(4, length), policy=policy)

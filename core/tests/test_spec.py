@@ -41,7 +41,7 @@ def test_a_word_outside_the_vocabulary_is_refused_with_the_vocabulary(fields, me
     assert str(caught.value).startswith(message)
 
 
-@pytest.mark.parametrize("field", ["topics", "effects", "needs", "after", "imposes", "tolerates"])
+@pytest.mark.parametrize("field", ["topics", "survey", "effects", "needs", "after", "imposes", "tolerates"])
 def test_a_string_where_a_tuple_is_needed_is_refused(field):
     with pytest.raises(
         ValueError, match=f"{field}='reads weights' is one string: it needs a tuple, .*'reads weights',"
@@ -49,14 +49,9 @@ def test_a_string_where_a_tuple_is_needed_is_refused(field):
         Technique("x", "callback", **{field: "reads weights"})
 
 
-def test_a_number_where_a_tuple_is_needed_is_refused():
-    with pytest.raises(ValueError, match=r"survey=30 is one number: it needs a tuple, such as \(30,\)"):
-        Technique("x", "callback", survey=30)
-
-
-def test_a_number_that_is_no_reference_of_a_method_is_refused():
-    with pytest.raises(ValueError, match=r"survey names \[99\]: no technique's reference. `eke list --survey`"):
-        Technique("x", "callback", survey=(30, 99))
+def test_what_the_survey_does_not_name_is_refused():
+    with pytest.raises(ValueError, match=r"survey names 'qlora', which is no key of eke.survey. `eke list --survey`"):
+        Technique("x", "callback", survey=("lora", "qlora"))
 
 
 def test_every_word_has_a_definition_and_every_resource_a_seam():

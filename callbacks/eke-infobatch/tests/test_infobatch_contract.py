@@ -4,6 +4,7 @@ from eke_infobatch import InfoBatch
 
 class TestContract(TechniqueContract):
     arguments = {"ratio": 0.3}
+    unseen = {"changes learning rate": "Rates keep pace where an epoch has fewer batches; these have smaller ones."}
     extra_calls = 36  # the seam around each step
 
     def build(self):

@@ -20,6 +20,7 @@ class TestContract(TechniqueContract):
 
 class TestContractOfSimMIM(TestContract):
     arguments = {"method": "simmim", "unit": 2}
+    unseen = {"replaces tokens": "All patches pass, those that are hidden as one learned token."}
 
     def build(self):
         return MAE(method="simmim", unit=2)

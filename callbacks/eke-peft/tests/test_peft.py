@@ -7,16 +7,21 @@ import peft
 import pytest
 import torch
 from eke import strategies
-from eke.seams.blocks import find_blocks
+from eke.seams.blocks import find_all_blocks, find_attention, find_blocks
+from eke.seams.names import NamesError, plain_keys
 from eke.testing import run as kit
-from eke.testing import run_ranks
+from eke.testing import run_ranks, shapes
 from eke.testing.data import shuffled
 from eke.testing.models import SHAPES, TinyBlocks, TinyGPT2, TinyModel, TinyTransformer, TinyViT
 from eke_peft import PEFT, PEFTError, export, load_adapter, merge, set_adapter
-from eke_peft.callback import trained_names
-from eke_peft.methods import Adapter, Fastfood, linear_layers, outputs, walsh_hadamard
+from eke_peft.adapters import Adapter
+from eke_peft.base import trained_names
+from eke_peft.intrinsic import Fastfood, walsh_hadamard
+from eke_peft.quantized import keep_weights, quantize_layers
+from eke_peft.targets import linear_layers, outputs
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 HEADS = {
@@ -876,3 +881,128 @@ def test_a_copy_of_the_model_keeps_its_adapter():
     model, _ = put("lora", settings={"r": 4})
     twin = copy.deepcopy(model)
     torch.testing.assert_close(logits(twin), logits(model))
+
+
+# Patterns, and two names of one parameter
+
+
+def test_patterns_that_meet_nothing_show_near_names():
+    with pytest.raises(NamesError, match=r"targets='q_prjo' meets no name. Near it are"):
+        put("lora", Tied(), targets=["q_prjo"])
+    with pytest.raises(NamesError, match=r"train='heads.\*' meets no name. Near it are head.weight, head.bias"):
+        put("lora", train=["heads.*"])
+    with pytest.raises(NamesError, match=r"targets='\*atn\*' meets no name"):
+        put("bitfit", targets=["*atn*"])
+    model, _ = put("lora", targets=["fc1", "*.1.attn.qkv"])
+    adapted = [name for name, part in model.named_modules() if isinstance(part, BaseTunerLayer)]
+    assert sorted(adapted) == sorted(["blocks.1.attn.qkv", *(f"blocks.{i}.mlp.fc1" for i in range(4))])
+
+
+class Tied(LightningModule):
+    """A language model whose head is its embedding."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = shapes.llama().model
+
+    def forward(self, tokens):
+        return self.model(input_ids=tokens).logits
+
+
+def trained_somehow(model):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) / 4)
+    return model.eval()
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_merging_into_one_of_two_tied_weights_leaves_the_other(target):
+    model, _ = put("lora", Tied(), targets=[target], settings={"r": 4})
+    tokens = torch.arange(8)[None]
+    wanted = trained_somehow(model)(tokens)
+    merged = merge(model)
+    torch.testing.assert_close(merged(tokens), wanted)
+    ends = merged.model.get_input_embeddings(), merged.model.get_output_embeddings()
+    assert ends[0].weight is not ends[1].weight
+    assert merged.model.config.tie_word_embeddings is False
+
+
+def test_a_model_that_a_copy_has_untied_says_so():
+    settings = {"r": 4, "modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}
+    model, _ = put("lora", Tied(), settings=settings)
+    assert model.model.config.tie_word_embeddings is False
+    tokens = torch.arange(8)[None]
+    wanted = trained_somehow(model)(tokens)
+    torch.testing.assert_close(merge(model)(tokens), wanted)
+    untouched, _ = put("lora", Tied(), targets=["q_proj"], settings={"r": 4})
+    assert untouched.model.config.tie_word_embeddings is True
+
+
+@pytest.mark.parametrize("pattern", ["model.lm_head.*", "lm_head", "model.model.embed_tokens.weight"])
+def test_a_tied_parameter_trains_by_any_of_its_names(pattern):
+    model, _ = put("lora", Tied(), train=[pattern], targets=["q_proj"])
+    assert model.model.lm_head.weight.requires_grad
+    assert not model.model.model.norm.weight.requires_grad
+
+
+def test_an_exported_adapter_with_a_trained_tied_embedding_loads_to_the_same_outputs(tmp_path):
+    model, _ = put("lora", Tied(), train=["lm_head"], targets=["q_proj"], settings={"r": 4})
+    tokens = torch.arange(8)[None]
+    wanted = trained_somehow(model)(tokens)
+    export(model, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(Tied().model, tmp_path).eval()
+    torch.testing.assert_close(loaded(input_ids=tokens).logits, wanted)
+
+
+# Compiled submodules
+
+
+class Compiled(TinyBlocks):
+    def __init__(self, **given):
+        super().__init__(**given)
+        self.blocks[1] = torch.compile(self.blocks[1], backend="eager")
+
+
+@pytest.mark.parametrize(("writes", "reads"), [(Compiled, Compiled), (Compiled, TinyBlocks), (TinyBlocks, Compiled)])
+def test_a_compiled_part_is_no_other_base_and_its_checkpoint_loads(tmp_path, writes, reads):
+    make = lambda: PEFT(settings={"r": 4}, train=["head.*"], blocks="blocks")  # noqa: E731
+    first = fit(writes(), make(), epochs=1)
+    first.trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = fit(reads(), make(), epochs=2, ckpt=tmp_path / "half.ckpt")
+    unbroken = fit(TinyBlocks(), make(), epochs=2)
+    found, wanted = plain_keys(resumed.model.state_dict()), unbroken.model.state_dict()
+    assert set(found) == set(wanted)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
+# Other shapes
+
+
+@pytest.mark.parametrize("shape", ["t5", "bart", "clip", "whisper", "swin"])
+def test_the_blocks_of_all_towers_are_adapted_by_default(shape):
+    built = shapes.SHAPES[shape]()
+    names = linear_layers(built.model)
+    assert all(any(name.startswith(f"{path}.") for name in names) for path in built.lists)
+    blocks = [block for blocks in find_all_blocks(built.model) for block in blocks]
+    assert len(outputs(built.model)) == sum(1 + len(find_attention(block)) for block in blocks)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_the_conv1d_layers_of_gpt2_are_quantized_to_near_their_weights(kind):
+    pytest.importorskip("bitsandbytes")
+    model = TinyGPT2().eval()
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        plain = model.model(tokens).logits
+        names = linear_layers(model)
+        weights = quantize_layers(model, names, kind)
+        keep_weights(model)
+        assert set(weights) == set(names)
+        assert {type(model.get_submodule(name)).__name__ for name in names} <= {"Linear4bit", "Linear8bitLt"}
+        error = model.model(tokens).logits - plain
+    assert 0 < error.norm() < 0.2 * plain.norm()

@@ -17,6 +17,7 @@ class TestContract(TechniqueContract):
 
 class TestContractOfPatches(TestContract):
     arguments = {"start": 0.5, "mode": "patches"}
+    unseen = {"changes batch content": "Patches change, images do not."}
 
     def build(self):
         return Resolution(0.5, mode="patches")

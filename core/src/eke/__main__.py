@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, version
 
 from eke.cli import others
 from eke.spec import EkeError
@@ -19,6 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     parser, added = _parser(words)
     try:
         if words and words[0] in added:
+            _loading()
             return others.run(added[words[0]], words[1:])
         options = parser.parse_args(words)
         return options.run(options)
@@ -33,13 +34,22 @@ def main(argv: list[str] | None = None) -> int:
 def _parser(words: list[str]) -> tuple[argparse.ArgumentParser, dict[str, list[EntryPoint]]]:
     """The parser, and the commands of other distributions, which parse what follows by themselves."""
     parser = argparse.ArgumentParser(prog="eke", description="Techniques for efficient Transformer training.")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    parser.add_argument("--version", action="store_true", help="the version of eke")
+    parser.set_defaults(run=_version)
+    commands = parser.add_subparsers(metavar="COMMAND")
 
     command = commands.add_parser("list", help="installed techniques")
+    which = command.add_mutually_exclusive_group()
+    which.add_argument(
+        "--section", metavar="WORD", default="", help="only those of a section of the survey: memory, optimizers, 2.2"
+    )
+    which.add_argument("--survey", action="store_true", help="what the survey names, and what serves each")
     command.set_defaults(run=_list)
 
     command = commands.add_parser("info", help="one technique: record, arguments, exceptions, certificate")
-    command.add_argument("name", metavar="NAME", help="a technique, as eke list shows it")
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("name", metavar="NAME", nargs="?", help="a technique, as eke list shows it")
+    which.add_argument("--effects", action="store_true", help="the words that a record may use, with their definitions")
     command.set_defaults(run=_info)
 
     command = commands.add_parser("check", help="order and conflicts of a recipe; exit code 1 where it is refused")
@@ -63,16 +73,30 @@ def _parser(words: list[str]) -> tuple[argparse.ArgumentParser, dict[str, list[E
     return parser, added
 
 
+def _version(options: argparse.Namespace) -> int:
+    if not options.version:
+        raise EkeError("a command is needed: list, info, check, new, ... `eke --help` tells of each.")
+    print(f"eke {version('eke')}")
+    return 0
+
+
 def _list(options: argparse.Namespace) -> int:
     from eke.cli import listing
 
-    print(listing.render(listing.rows()))
+    if options.survey:
+        print(listing.render_survey())
+    else:
+        print(listing.render(listing.rows(options.section), options.section))
     return 0
 
 
 def _info(options: argparse.Namespace) -> int:
     from eke.cli import info
 
+    if options.effects:
+        print(info.effects())
+        return 0
+    _loading()
     print(info.render(options.name))
     return 0
 
@@ -80,9 +104,16 @@ def _info(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     from eke.cli import check
 
+    _loading()
     report = check.examine(options.recipe)
     print(check.render(report))
     return 1 if report.refusals else 0
+
+
+def _loading() -> None:
+    """Say to a person at a terminal what takes the seconds that follow."""
+    if sys.stderr.isatty() and "torch" not in sys.modules:
+        print("eke: loading torch and lightning takes some seconds", file=sys.stderr)
 
 
 def _new(options: argparse.Namespace) -> int:

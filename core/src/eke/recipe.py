@@ -86,6 +86,8 @@ def from_mapping(content: dict[Hashable, Any], source: str = "the recipe") -> di
             raise EkeError(
                 f"{source}: {name!r} has {_described(given)}; arguments by name are needed, such as {{block: 256}}."
             )
+        if canonical(name) in recipe:
+            raise EkeError(f"{source}: {name!r} is given twice. Give it once.")
         recipe[canonical(name)] = arguments
     return recipe
 

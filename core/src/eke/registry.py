@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import inspect
 from importlib.metadata import Distribution, EntryPoint, distributions
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 import pluggy
@@ -62,6 +64,44 @@ def get(name: str) -> Technique:
         _load(name)
     (technique,) = _manager.subset_hook_caller("eke_technique", _all_but(name))()
     return technique
+
+
+def peek(entry: EntryPoint) -> Technique | None:
+    """A technique's record, read from the file of its entry module: the package around it, which imports torch, is
+    not run. None where it cannot be read so.
+    """
+    if _manager.has_plugin(entry.name):
+        return get(entry.name)
+    file = module_file(entry)
+    return None if file is None else read_record(file)
+
+
+def read_record(file: Path) -> Technique | None:
+    """The record that a file returns from its hook; None where it has none, or imports what it cannot find."""
+    spec = spec_from_file_location(f"eke_record_{file.parent.name}_{file.stem}", file)
+    module = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        record = module.eke_technique()
+    except Exception:  # whatever is wrong with it: `eke.get` says what
+        return None
+    return record if isinstance(record, Technique) else None
+
+
+def module_file(entry: EntryPoint) -> Path | None:
+    """The file of an entry point's module, found without importing anything; None where there is none."""
+    package, *inner = entry.module.split(".")
+    try:
+        found = find_spec(package)
+    except (ImportError, ValueError):
+        return None
+    if found is None:
+        return None
+    if not inner:
+        return Path(found.origin) if found.origin else None
+    places = [Path(place, *inner) for place in found.submodule_search_locations or []]
+    files = [file for place in places for file in (place.with_suffix(".py"), place / "__init__.py")]
+    return next((file for file in files if file.exists()), None)
 
 
 def create(name: str, **arguments: Any) -> Any:

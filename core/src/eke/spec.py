@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pluggy
 
-from eke.survey import REFERENCES, TOPICS
+from eke.survey import KEYS, TOPICS
 
 hookspec = pluggy.HookspecMarker("eke")
 hookimpl = pluggy.HookimplMarker("eke")
@@ -164,7 +164,7 @@ class Technique:
         does: One sentence for ``eke list``: what it does, in the field's words, in ninety characters or so.
         topics: Where it belongs in "A Survey on Efficient Training of Transformers", of
             :data:`eke.survey.TOPICS`, the first first. Empty where the survey has no place for it.
-        survey: Numbers of the survey's references that its methods serve, all of them.
+        survey: What of the survey its methods serve, all of it: keys of :data:`eke.survey.ENTRIES`, such as ``"lora"``.
         effects: What it does to a run, each ``"<verb> <resource>"`` of :data:`VERBS` and :data:`RESOURCES`.
         needs: What it asks of a run, of :data:`NEEDS`.
         conflicts: Technique name to the reason why both cannot run together. For what effects cannot say.
@@ -187,7 +187,7 @@ class Technique:
     paper: str = ""
     does: str = ""
     topics: tuple[str, ...] = ()
-    survey: tuple[int, ...] = ()
+    survey: tuple[str, ...] = ()
     effects: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     conflicts: Mapping[str, str] = field(default_factory=dict)
@@ -207,8 +207,8 @@ class Technique:
             )
         for several in ("topics", "survey", "effects", "needs", "after", "offers", "imposes", "tolerates"):
             given = getattr(self, several)
-            if isinstance(given, (str, int)):
-                raise ValueError(f"{several}={given!r} is one {_noun(given)}: it needs a tuple, such as ({given!r},).")
+            if isinstance(given, str):
+                raise ValueError(f"{several}={given!r} is one string: it needs a tuple, such as ({given!r},).")
         _one_of("kind", self.kind, KINDS)
         _one_of("exactness", self.exactness, EXACTNESS)
         for need in self.needs:
@@ -219,9 +219,11 @@ class Technique:
             _one_of(f"resource of effect {effect!r}", resource, RESOURCES)
         for topic in self.topics:
             _one_of("topic", topic, TOPICS)
-        for number in self.survey:
-            if number not in REFERENCES:
-                raise ValueError(f"survey names [{number}]: no technique's reference. `eke list --survey` prints them.")
+        for key in self.survey:
+            if key not in KEYS:
+                raise ValueError(
+                    f"survey names {key!r}, which is no key of eke.survey. `eke list --survey` prints them."
+                )
         for words in (self.imposes, self.tolerates):
             if not callable(words):
                 _impositions(words)
@@ -276,10 +278,6 @@ def _impositions(words: tuple[str, ...]) -> tuple[str, ...]:
     for word in words:
         _one_of("what is imposed or tolerated", word, IMPOSITIONS)
     return words
-
-
-def _noun(value: object) -> str:
-    return "string" if isinstance(value, str) else "number"
 
 
 def _one_of(what: str, value: str, allowed: Iterable[str]) -> None:

@@ -2,12 +2,13 @@
 https://arxiv.org/abs/2302.01107.
 
 Data alone: sections, topics, and each method with the numbers of its references. It knows no technique; records name
-topics and numbers, and ``eke list --survey`` puts the two together. Not here: references [8], [72] and [87], which are
+topics and keys, and ``eke list --survey`` puts the two together. Not here: references [8], [72] and [87], which are
 a framework and two models.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 # Number and title of each section to its topics.
@@ -99,7 +100,8 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("pld", (97,), "Progressive layer dropping", "incremental learning"),
     Entry("autoprog", (54,), "AutoProg", "incremental learning"),
     Entry("progressive-res", (54,), "Progressive resolution / patch schedule", "incremental learning"),
-    Entry("mlm", (48, 10), "Masked / causal language modelling", "token masking"),
+    Entry("mlm", (48,), "Masked language modelling (BERT)", "token masking"),
+    Entry("causal-lm", (10,), "Causal language modelling (GPT-3)", "token masking", "any language model's loss"),
     Entry("mim", (6,), "Masked image modelling (BEiT)", "token masking"),
     Entry("mass", (80,), "MASS", "token masking"),
     Entry("mae", (35,), "MAE (drop masked patches)", "token masking"),
@@ -167,9 +169,16 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("distil-token", (84,), "DeiT distillation token (cited as workload)", "future directions"),
 )
 
+KEYS: dict[str, Entry] = {entry.key: entry for entry in ENTRIES}
+
 REFERENCES: frozenset[int] = frozenset(number for entry in ENTRIES for number in entry.references)
 
 
 def section_of(topic: str) -> str:
     """Number and title of the section that a topic stands in."""
     return next(section for section, topics in SECTIONS.items() if topic in topics)
+
+
+def cited(keys: Iterable[str]) -> str:
+    """``["lora", "bitfit"]`` as ``LoRA [39], BitFit [94]``."""
+    return ", ".join(" ".join([KEYS[key].name, *(f"[{number}]" for number in KEYS[key].references)]) for key in keys)

@@ -7,7 +7,7 @@ import eke
 import pytest
 import torch
 from eke import strategies
-from eke.testing import TechniqueContract, fit, run_ranks
+from eke.testing import TechniqueContract, fit, run_alone, run_ranks
 from eke.testing.models import TinyBlocks
 from eke_adam8bit import Adam8bit, AdamW8bit, eight_bit, state_bytes
 from eke_adam8bit import optimizer as ours
@@ -586,6 +586,31 @@ def test_torchao_keeps_settings_and_exceptions():
     assert type(adam).__name__ == "Adam8bit"
 
 
+def test_torchaos_states_are_saved_as_plain_tensors_and_a_resumed_run_ends_at_the_same_bits(tmp_path):
+    pytest.importorskip("torchao")
+
+    def run():
+        torch.compiler.set_stance("force_eager")  # it compiles one function per shape
+
+        def trained(steps, ckpt=None, save=None):
+            model = Plain()
+            quiet = {"logger": False, "enable_checkpointing": False}
+            quiet |= {"enable_progress_bar": False, "enable_model_summary": False}
+            trainer = Trainer(accelerator="cpu", max_steps=steps, callbacks=[Adam8bit(backend="torchao")], **quiet)
+            trainer.fit(model, ckpt_path=ckpt)
+            if save:
+                trainer.save_checkpoint(save)
+            return model.state_dict()
+
+        whole = trained(4)
+        trained(2, save=tmp_path / "half.ckpt")
+        torch.serialization.clear_safe_globals()  # as in a process that has not imported torchao yet
+        resumed = trained(4, ckpt=tmp_path / "half.ckpt")
+        return all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+    assert run_alone(run)
+
+
 class Sharded(LightningModule):
     def __init__(self):
         super().__init__()
@@ -605,6 +630,11 @@ class Sharded(LightningModule):
 
     def train_dataloader(self):
         return DataLoader(TensorDataset(torch.randn(64, 128, generator=torch.Generator().manual_seed(1))), 8)
+
+
+class Plain(Sharded):
+    def configure_model(self):
+        pass
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from eke.__main__ import main
+from eke.seams.names import NamesError
 from eke.testing import TinyBlocks, TinyGPT2, TinyTransformer, TinyViT, hugging_face
 from eke.testing.data import Images, Tokens, shuffled
 from eke_attention import (
@@ -540,7 +541,7 @@ def test_layers_are_chosen_by_name():
     plugin = Looking(SlidingWindow(2), layers=["blocks.1.*"])
     Trainer(callbacks=[plugin], **QUIET).validate(TinyBlocks(), shuffled(Tokens(16)), verbose=False)
     assert set(seen) == {"blocks.1.attn"}
-    with pytest.raises(AttentionError, match="no attention that can be replaced"):
+    with pytest.raises(NamesError, match="layers='nowhere' meets no name. There are blocks.0.attn, blocks.1.attn"):
         Trainer(callbacks=[Attention(layers=["nowhere"])], **QUIET).validate(
             TinyBlocks(), shuffled(Tokens(16)), verbose=False
         )

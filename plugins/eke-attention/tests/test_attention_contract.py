@@ -11,6 +11,7 @@ RANGES = "The range of its few bits follows the batch, and a part of one has ano
 class TestContract(TechniqueContract):
     arguments = {"kernel": "sdpa"}
     extra_calls = 300  # attention is caught where it is called
+    unseen = {"changes attention": "On a CPU the kernel that it takes by itself is the one that was there."}
 
     def build(self):
         return Attention()

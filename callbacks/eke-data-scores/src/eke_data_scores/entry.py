@@ -9,7 +9,7 @@ RECORD = Technique(
     paper="https://arxiv.org/abs/2107.07075",
     does="Scores every training sample into a file: EL2N, forgetting or loss, for data pruning",
     topics=("importance sampling",),
-    survey=(70,),
+    survey=("data-diet",),
     effects=("reads samples", "reads loss", "keeps batch subset"),
     needs=("sized training data",),
 )

@@ -1,7 +1,8 @@
 """PEFT: train a small part of a model, or something small that is put into it, and save only that.
 
-peft puts its layers in, where it has the method; BitFit, bottleneck adapters, visual prompts and intrinsic dimension
-are in :mod:`eke_peft.methods`. Here is when: before weights load and the strategy wraps the model, at each stage, once.
+peft puts its layers in, where it has the method (:mod:`eke_peft.library`); bottleneck adapters, visual prompts and
+intrinsic dimension have a module each. Here is when: before weights load and the strategy wraps the model, at each
+stage, once.
 
 Source: Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen, "LoRA: Low-Rank Adaptation of Large Language Models", 2021,
 https://arxiv.org/abs/2106.09685; LoRA+, Hayou, Ghosh, Yu 2024, https://arxiv.org/abs/2402.12354; QLoRA, Dettmers,
@@ -12,54 +13,36 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from enum import Enum
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
 import torch
 from eke import Run, Technique, TechniqueCallback
 from eke.seams import interceptor
 from eke.seams.blocks import find_blocks
+from eke.seams.names import plain
 from eke.seams.state import KEY
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from peft import AdaLoraConfig, PeftConfig, get_peft_model, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
+from peft import AdaLoraConfig, PeftConfig
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from eke_peft.adapters import put_adapters
+from eke_peft.base import completed, fingerprint, frozen_parameters, plain_values, trained_names
 from eke_peft.entry import RECORD
-from eke_peft.methods import (
-    LIBRARY,
-    METHODS,
-    OWN,
-    PROMPTING,
-    PROMPTS,
-    PEFTError,
-    Prompts,
-    close_fast_path,
-    fingerprint,
-    linear_layers,
-    outputs,
-    patch_size,
-    put_adapters,
-    put_intrinsic,
-    put_prompts,
-    scaled,
-    task_of,
-    token_width,
-    tuned,
-)  # fmt: skip
+from eke_peft.errors import PEFTError
+from eke_peft.intrinsic import put_intrinsic, weights_of
+from eke_peft.library import LIBRARY, PROMPTING, configuration, put_library
+from eke_peft.methods import METHODS, OWN, close_fast_path, tuned
+from eke_peft.prompts import PROMPTS, Prompts, patch_size, put_prompts, token_width
 from eke_peft.quantized import keep_weights, quantize_layers, quantized_layers, start_at_rest
 from eke_peft.ranks import Ranks
 from eke_peft.rates import Apart, join
-from eke_peft.saved import host_of, merge
+from eke_peft.saved import host_of, merge, say_what_is_tied
+from eke_peft.targets import linear_layers, named, outputs
 
 _ADAPTER = re.compile(r"\.(?=(?:lora|ia3|hada|lokr|vera|oft|eke)_)")  # where a layer's own name ends
-HEADS = ("classifier", "score", "qa_outputs", "classification_head")  # what from_pretrained makes anew
 
 
 class PEFT(TechniqueCallback):
@@ -75,13 +58,15 @@ class PEFT(TechniqueCallback):
             ``train``); for Hugging Face models also ``"prompt"``, ``"prefix"``, ``"p-tuning"``; or any configuration
             of peft's.
         settings: Of the method: those of peft's configuration; ``width`` and ``after_attention`` of adapters;
-            ``tokens``, ``deep``, ``prefix`` and ``dropout`` of vpt; ``dimension`` and ``parameters`` of intrinsic.
-        targets: Dotted names of the layers, inside ``host``; for bitfit, patterns of biases. By default all linear
-            layers of the blocks; for adapters those that end attention and MLP; for ia3 keys, values and the MLP's end.
-        train: Patterns of names of further parameters that train, such as ``"head.*"``. By default what lies
-            outside of the Hugging Face model and its new head; in a plain model, nothing.
+            ``tokens``, ``deep``, ``prefix`` and ``dropout`` of vpt; ``dimension`` and ``parameters`` of
+            intrinsic.
+        targets: Patterns of names of the layers inside ``host``, such as ``"q_proj"`` or ``"*.mlp.*"``; for bitfit, of
+            biases. By default all linear layers of the blocks; for adapters those that end attention and MLP; for ia3
+            keys, values and the MLP's end.
+        train: Patterns of names of further parameters that train, such as ``"head.*"``, or names of modules. By default
+            what lies outside of the Hugging Face model and its new head; in a plain model, nothing.
         host: Dotted path of the part that is adapted. By default the Hugging Face model inside, else all of it.
-        blocks: Dotted path of the list of blocks, where the search for them needs help.
+        blocks: Dotted path of the list of blocks, or several, where the search for them needs help.
         lr_ratio: LoRA+: learning rate of the second matrix over that of the first; 16 in the paper.
         quantize: ``"nf4"`` or ``"int8"``: keep the adapted layers' weights quantized by bitsandbytes (QLoRA).
         checkpoint: ``"adapter"`` saves what trains and a hash of the rest; ``"full"`` all.
@@ -89,6 +74,7 @@ class PEFT(TechniqueCallback):
         adapter: Name of the adapter; others that are in the model already stay, and act as they did.
 
     Raises:
+        NamesError: a pattern that meets nothing.
         PEFTError: a method that the model has no place for; a checkpoint of another base; settings that nobody knows.
     """
 
@@ -101,7 +87,7 @@ class PEFT(TechniqueCallback):
         targets: list[str] | None = None,
         train: list[str] | None = None,
         host: str | None = None,
-        blocks: str | None = None,
+        blocks: str | list[str] | None = None,
         lr_ratio: float | None = None,
         quantize: Literal["nf4", "int8"] | None = None,
         checkpoint: Literal["adapter", "full"] = "adapter",
@@ -186,7 +172,7 @@ class PEFT(TechniqueCallback):
     def _put(self, pl_module: LightningModule) -> None:
         path, host = host_of(pl_module, self.host)
         before = dict(pl_module.named_parameters())
-        frozen = self._frozen(pl_module, path, host)
+        frozen = frozen_parameters(pl_module, path, host, self.method, self.targets, self.train)
         if self.checkpoint == "full" and (quantized := quantized_layers(host)):
             raise PEFTError(f"{quantized[0]!r} is quantized, and such weights do not load from a checkpoint. Give "
                             "checkpoint='adapter', which leaves them to the base.")  # fmt: skip
@@ -208,7 +194,8 @@ class PEFT(TechniqueCallback):
             for p in part.original_module.parameters()
         }  # peft trains a copy
         for name, parameter in before.items():
-            parameter.requires_grad_(name not in frozen and id(parameter) not in copied)
+            parameter.requires_grad_(plain(name) not in frozen and id(parameter) not in copied)
+        say_what_is_tied(pl_module)
         pl_module.eke_peft = {"hash": hashed, "description": self._description()}
         if getattr(host, "is_gradient_checkpointing", False) and hasattr(host, "enable_input_require_grads"):
             host.enable_input_require_grads()  # or recomputing would find nothing that needs a gradient
@@ -220,8 +207,8 @@ class PEFT(TechniqueCallback):
         if self.method in ("bitfit", "head"):
             return  # nothing is put in
         if self.method == "adapters":
-            names = self.targets or outputs(host, self.blocks, own["after_attention"])
-            put_adapters(host, names, own["width"])
+            ends = None if self.targets else outputs(host, self.blocks, own["after_attention"])
+            put_adapters(host, ends or self._targets(host), own["width"])
         elif self.method == "vpt":
             blocks = find_blocks(host, self.blocks)
             width = token_width(blocks[0])
@@ -230,62 +217,10 @@ class PEFT(TechniqueCallback):
         elif self.method == "intrinsic":
             put_intrinsic(host, self._moved(pl_module, path, host, own["parameters"]), own["dimension"], seed=0)
         else:
-            self._put_library(pl_module, path, host)
-
-    def _put_library(self, pl_module: LightningModule, path: str, host: nn.Module) -> None:
-        config = copy.deepcopy(self._config())
-        if config.is_prompt_learning:
-            if not hasattr(host, "prepare_inputs_for_generation") and not hasattr(host, "config"):
-                raise PEFTError(
-                    f"{self.method!r} puts tokens before a Hugging Face model's own, and {type(host).__name__} is none."
-                )
-            if not path:
-                raise PEFTError(
-                    f"{self.method!r} puts a model around yours: keep it in an attribute of the LightningModule."
-                )
-            config.task_type = config.task_type or task_of(host)
-            self._wrap(pl_module, path, host, config)
-            return
-        if tuned(host) == "peft" and self.adapter in getattr(host, "peft_config", {}):
-            raise PEFTError(
-                f"the model has an adapter {self.adapter!r} already, which would begin anew. Give another adapter=."
-            )
-        if self.targets is not None:
-            config.target_modules = self.targets
-        elif self.method == "ia3":
-            config.target_modules, config.feedforward_modules = scaled(host, self.blocks)
-        elif hasattr(config, "target_modules") and config.target_modules is None:
-            config.target_modules = linear_layers(host, self.blocks)
-        wanted = config.target_modules if isinstance(config.target_modules, (list, set)) else ()
-        for name, part in host.named_modules():
-            if isinstance(part, nn.MultiheadAttention) and any(f".{name}".endswith(f".{one}") for one in wanted):
-                raise PEFTError(  # before anything is put in
-                    "peft adds its matrices to nn.MultiheadAttention's weights in each forward pass and takes them "
-                    f"off again, so that the base drifts by rounding. Leave {name!r} out of targets=."
-                )
-        acted = {part: list(part.active_adapters) for part in host.modules() if isinstance(part, BaseTunerLayer)}
-        try:
-            with _unmeshed(pl_module):
-                inject_adapter_in_model(config, host, adapter_name=self.adapter)
-            cast_adapter_dtype(host, self.adapter)  # what trains is kept in float32 beside a half-precision base
-        except ValueError as error:
-            if "get_peft_model" not in str(error) or not path:
-                raise PEFTError(
-                    f"peft does not put {config.peft_type.value} into {type(host).__name__}: {error}"
-                ) from error
-            self._wrap(pl_module, path, host, config)
-            return
-        for part in host.modules():
-            if isinstance(part, BaseTunerLayer) and acted.get(part):
-                part.set_adapter([*acted[part], self.adapter])  # peft switches to the new one alone
-
-    def _wrap(self, pl_module: LightningModule, path: str, host: nn.Module, config: PeftConfig) -> None:
-        """Put peft's own model around the host, in the attribute that holds it."""
-        parent, _, child = path.rpartition(".")
-        setattr(pl_module.get_submodule(parent), child, get_peft_model(host, config, adapter_name=self.adapter))
+            put_library(pl_module, path, host, self._config(), self.adapter, self.targets, self.blocks)
 
     def _config(self) -> PeftConfig | None:
-        """peft's configuration, with targets where they are known."""
+        """peft's configuration; None for methods that are not peft's."""
         if isinstance(self.method, PeftConfig):
             if self.settings:
                 raise PEFTError("settings= beside a configuration of peft's: put them into it.")
@@ -296,72 +231,31 @@ class PEFT(TechniqueCallback):
                     f"settings of {self.method!r} are {', '.join(OWN[self.method]) or 'none'}, not {unknown[0]!r}."
                 )
             return None
-        kind, defaults = LIBRARY[self.method]
-        given = {**defaults, **self.settings}
-        if str(given.get("init_lora_weights")).startswith("pissa_niter") and self.checkpoint == "adapter":
-            raise PEFTError(
-                "init_lora_weights='pissa_niter_...' leaves another rest of the base each time, which a checkpoint of "
-                "the adapter does not hold. Give 'pissa', or checkpoint='full'."
-            )
-        try:
-            return kind(**given)
-        except TypeError as error:
-            raise PEFTError(f"settings of {self.method!r}: {error}.") from None
+        return configuration(self.method, self.settings, self.checkpoint)
 
     def _own(self) -> dict[str, Any]:
         return {**OWN.get(self.method, {}), **self.settings} if isinstance(self.method, str) else {}
 
     def _targets(self, host: nn.Module) -> list[str]:
-        return self.targets or linear_layers(host, self.blocks)
+        return named(host, self.targets) if self.targets else linear_layers(host, self.blocks)
 
-    def _moved(self, pl_module: LightningModule, path: str, host: nn.Module, parameters: str) -> list[str]:
-        """Names in the host of the parameters that intrinsic dimension moves."""
+    def _moved(self, module: LightningModule, path: str, host: nn.Module, parameters: str) -> list[nn.Parameter]:
+        """What intrinsic dimension moves."""
         if parameters not in ("blocks", "all") or (parameters == "all" and self.targets):
             raise PEFTError(
                 f"settings={{'parameters': {parameters!r}}} with targets={self.targets!r}: give 'blocks', the linear "
                 "weights of blocks or of the targets, or 'all' without targets."
             )
         if parameters == "blocks":
-            return [f"{name}.weight" for name in self._targets(host)]
-        inside = f"{path}." if path else ""
-        names = [name.removeprefix(inside) for name in self._frozen(pl_module, path, host) if name.startswith(inside)]
-        # The LightningModule's own class is not exchanged, which a parameter right in it would need.
-        return [name for name in names if (path or "." in name) and host.get_parameter(name).is_floating_point()]
-
-    def _frozen(self, pl_module: LightningModule, path: str, host: nn.Module) -> dict[str, nn.Parameter]:
-        """Parameters of the model as it came that will not train, by name."""
-        inside = f"{path}." if path else ""
-        frozen, biases = {}, False
-        for name, parameter in pl_module.named_parameters():
-            relative = name.removeprefix(inside)
-            outside = not name.startswith(inside)
-            if self.method == "bitfit" and not outside and name.endswith("bias"):
-                trains = self.targets is None or any(fnmatchcase(relative, pattern) for pattern in self.targets)
-                biases = biases or trains
-            else:
-                trains = False
-            if self.train is not None:
-                trains = trains or any(fnmatchcase(name, pattern) for pattern in self.train)
-            elif path:
-                trains = trains or outside or relative.split(".")[0] in HEADS
-            if trains and not (parameter.is_floating_point() or parameter.is_complex()):
-                part = relative.rpartition(".")[0]
-                raise PEFTError(
-                    f"{name!r} should train, and is quantized ({parameter.dtype}). Load the model with "
-                    f"BitsAndBytesConfig(..., llm_int8_skip_modules=[{part!r}]), or leave it out of train=."
-                )
-            if not trains:
-                frozen[name] = parameter
-        if self.method == "bitfit" and not biases:
-            raise PEFTError(f"{type(host).__name__} has no biases that BitFit could train. Try method='lora'.")
-        return frozen
+            return weights_of(host, self._targets(host))
+        return list(frozen_parameters(module, path, host, self.method, self.targets, self.train).values())
 
     def _description(self) -> dict[str, Any]:
         """The method as plain values, to be compared with a checkpoint's."""
         if isinstance(self.method, PeftConfig):
-            given = {key: _plain(value) for key, value in sorted(self.method.to_dict().items())}
+            given = {key: plain_values(value) for key, value in sorted(self.method.to_dict().items())}
             return {"method": str(self.method.peft_type.value), "settings": given, "adapter": self.adapter}
-        settings = {key: _plain(value) for key, value in sorted(self.settings.items())}
+        settings = {key: plain_values(value) for key, value in sorted(self.settings.items())}
         return {"method": self.method, "settings": settings, "targets": self.targets, "host": self.host,
                 "blocks": self.blocks, "quantize": self.quantize, "adapter": self.adapter}  # fmt: skip
 
@@ -386,7 +280,7 @@ class PEFT(TechniqueCallback):
         sizes: dict[str, int] = {}
         for name, parameter in pl_module.named_parameters():
             if parameter.requires_grad:
-                path = _ADAPTER.split(name.replace("_orig_mod.", ""))[0]
+                path = _ADAPTER.split(plain(name))[0]
                 place = re.sub(r"\.\d+(?=\.)", ".*", path)
                 sizes[place] = sizes.get(place, 0) + parameter.numel()
                 places.setdefault(place, []).append(path)
@@ -484,9 +378,7 @@ class PEFT(TechniqueCallback):
         if self.checkpoint == "full" or self._module is None or not getattr(self._module, "eke_peft", None):
             return
         kept = trained_names(self._module)
-        checkpoint["state_dict"] = {
-            k: v for k, v in checkpoint["state_dict"].items() if k.replace("_orig_mod.", "") in kept
-        }
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if plain(k) in kept}
 
     def complete_checkpoint(self, checkpoint: dict[str, Any], pl_module: LightningModule) -> None:
         if not getattr(pl_module, "eke_peft", None):
@@ -499,55 +391,7 @@ class PEFT(TechniqueCallback):
             raise PEFTError(
                 "a checkpoint of the adapter is one file, and this one is sharded. Give ZeRO(checkpoint='full')."
             )
-        if lost := sorted(trained_names(pl_module) - set(saved)):
-            raise PEFTError(
-                f"the checkpoint holds no {lost[0]!r}, which trains in this run: its train= or method differ."
-            )
-        own = {
-            name
-            for name, _ in (
-                *pl_module.named_parameters(remove_duplicate=False),
-                *pl_module.named_buffers(remove_duplicate=False),
-            )
-        }
-        base = {name: value for name, value in pl_module.state_dict().items() if name in own}  # no notes of quantizers
-        checkpoint["state_dict"] = {**base, **saved}
+        checkpoint["state_dict"] = completed(pl_module, saved)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_module": None, "_ranks": None, "_held": []}
-
-
-def trained_names(module: nn.Module) -> set[str]:
-    """Names of what a checkpoint of the adapter holds: parameters that train, and buffers, which training may move."""
-    names = {
-        name.replace("_orig_mod.", "") for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad
-    }
-    state = {name.replace("_orig_mod.", "") for name in module.state_dict()}
-    floating = {
-        name.replace("_orig_mod.", "")
-        for name, one in module.named_buffers()
-        if "running_" in name or "num_batches" in name
-    }
-    return (names | floating) & state
-
-
-@contextmanager
-def _unmeshed(module: LightningModule) -> Iterator[None]:
-    """Hide the processes' mesh, which Lightning keeps on the module, and peft takes for tensor parallelism."""
-    mesh, module._device_mesh = module._device_mesh, None
-    try:
-        yield
-    finally:
-        module._device_mesh = mesh
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted(_plain(item) for item in value)
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, Enum):
-        return _plain(value.value)
-    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)

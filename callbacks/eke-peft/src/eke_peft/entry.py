@@ -18,7 +18,7 @@ RECORD = Technique(
     paper="https://arxiv.org/abs/2106.09685",
     does="LoRA and peft's other methods, BitFit, adapters, visual prompts; small checkpoints that resume",
     topics=("parameter-efficient tuning",),
-    survey=(39, 38, 94, 43, 53, 1, 83, 86),
+    survey=("lora", "adapter", "bitfit", "vpt", "prompt-tuning", "intrinsic-dim", "alpaca-lora"),
     effects=("changes module tree", "replaces requires_grad", "changes optimizer", "reads gradients"),
     tolerates=_tolerates,
     intolerance="AdaLoRA looks at whole gradients. Use one device, strategy='ddp' or ZeRO(stage=1), or another method.",
@@ -36,7 +36,7 @@ RECORD = Technique(
 EXAMPLE = {
     "settings": {"r": 4},
     "checkpoint": "full",
-    "train": ["embed*", "position*", "norm*", "head*", "*wte*", "*wpe*", "*ln_f*"],
+    "train": ["embed*|position*|norm*|head*|*wte*|*wpe*|*ln_f*"],  # of any of the kit's models
 }
 
 

@@ -7,12 +7,15 @@ He, Karampatziakis, Chen, Zhao 2023, https://arxiv.org/abs/2310.08659, Algorithm
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+from eke.seams.layers import is_conv1d, place
+from eke.seams.linear import features
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from eke_peft.methods import PEFTError
+from eke_peft.errors import PEFTError
 
 LAYERS = ("Linear4bit", "Linear8bitLt")
 
@@ -36,14 +39,14 @@ def quantize_layers(host: nn.Module, names: Iterable[str], kind: str) -> dict[st
 
     Args:
         host: The model, in float32, float16 or bfloat16.
-        names: Of ``nn.Linear`` layers.
+        names: Of ``nn.Linear`` layers, or of Hugging Face's ``Conv1D``, which become linear ones.
         kind: ``"nf4"``: 4-bit normal floats in blocks of 64, scales quantized as well. ``"int8"``: rows, LLM.int8.
 
     Returns:
         The weights as they were, by name.
 
     Raises:
-        PEFTError: bitsandbytes is not installed, or a layer that is no ``nn.Linear``.
+        PEFTError: bitsandbytes is not installed, or a layer that is none of these.
     """
     try:
         import bitsandbytes
@@ -54,27 +57,30 @@ def quantize_layers(host: nn.Module, names: Iterable[str], kind: str) -> dict[st
         layer = host.get_submodule(name)
         if type(layer).__name__ in LAYERS:
             continue  # the base came so
-        if type(layer) is not nn.Linear:
+        if type(layer) is not nn.Linear and not is_conv1d(layer):
             raise PEFTError(
-                f"{name!r} is a {type(layer).__name__}; bitsandbytes quantizes nn.Linear. Name targets=[...]."
+                f"{name!r} is a {type(layer).__name__}; bitsandbytes quantizes nn.Linear (and Conv1D). Name "
+                "targets=[...]."
             )
         if layer.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise PEFTError(f"{name!r} is of {layer.weight.dtype}; a floating-point base is needed.")
-        sizes, bias, weight = (layer.in_features, layer.out_features), layer.bias is not None, layer.weight.data
+        weight = layer.weight.data.t().contiguous() if is_conv1d(layer) else layer.weight.data
         weights[name] = weight
-        if kind == "nf4":
-            compute = weight.dtype if weight.dtype != torch.float32 else torch.float32
-            new = bitsandbytes.nn.Linear4bit(*sizes, bias=bias, compute_dtype=compute, quant_type="nf4")
-            new.weight = bitsandbytes.nn.Params4bit(weight.clone(), requires_grad=False, quant_type="nf4", module=new)
-        else:
-            new = bitsandbytes.nn.Linear8bitLt(*sizes, bias=bias, has_fp16_weights=False)
-            new.weight = bitsandbytes.nn.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
-        if bias:
-            new.bias = layer.bias
-        new.to(weight.device)  # which is when it quantizes
-        parent, _, child = name.rpartition(".")
-        setattr(host.get_submodule(parent), child, new)
+        place(host, name, _quantized(bitsandbytes.nn, layer, weight, kind))
     return weights
+
+
+def _quantized(library: Any, layer: nn.Module, weight: Tensor, kind: str) -> nn.Module:
+    sizes, bias = features(layer), layer.bias is not None
+    if kind == "nf4":
+        new = library.Linear4bit(*sizes, bias=bias, compute_dtype=weight.dtype, quant_type="nf4")
+        new.weight = library.Params4bit(weight.clone(), requires_grad=False, quant_type="nf4", module=new)
+    else:
+        new = library.Linear8bitLt(*sizes, bias=bias, has_fp16_weights=False)
+        new.weight = library.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
+    if bias:
+        new.bias = layer.bias
+    return new.to(weight.device)  # which is when it quantizes
 
 
 @torch.no_grad()

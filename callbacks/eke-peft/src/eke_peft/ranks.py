@@ -11,11 +11,13 @@ import math
 from typing import Any
 
 import torch
+from eke.seams.names import plain
 from peft import AdaLoraConfig
 from peft.tuners.adalora.layer import RankAllocator
 from torch import nn
 
-from eke_peft.methods import UNTIL_KNOWN, PEFTError
+from eke_peft.errors import PEFTError
+from eke_peft.library import UNTIL_KNOWN
 
 _SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
@@ -56,7 +58,7 @@ class Ranks:
         self.allocator = RankAllocator(self.host, self.config, self.adapter)
         for name, parameter in self._parameters():
             for kind in _SCORES:
-                if (known := self._scores.get(kind, {}).get(_plain(name))) is not None:
+                if (known := self._scores.get(kind, {}).get(plain(name))) is not None:
                     getattr(self.allocator, kind)[name] = known.to(parameter.device)
 
     def regularize(self) -> None:
@@ -84,15 +86,15 @@ class Ranks:
     def state_dict(self) -> dict[str, Any]:
         scores = self._scores
         if self.allocator is not None:
-            scores = {kind: {_plain(name): one for name, one in getattr(self.allocator, kind).items()}
+            scores = {kind: {plain(name): one for name, one in getattr(self.allocator, kind).items()}
                       for kind in _SCORES}  # fmt: skip
-        pattern = {_plain(name): kept for name, kept in self.pattern.items()}
+        pattern = {plain(name): kept for name, kept in self.pattern.items()}
         return {"steps": self.steps, "pattern": pattern, "scores": scores}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps, self._scores = state["steps"], state["scores"]
-        self.pattern = {name: state["pattern"][_plain(name)] for name, _ in self._parameters()
-                        if _plain(name) in state["pattern"]}  # fmt: skip
+        self.pattern = {name: state["pattern"][plain(name)] for name, _ in self._parameters()
+                        if plain(name) in state["pattern"]}  # fmt: skip
 
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.host.named_parameters()
@@ -101,7 +103,3 @@ class Ranks:
 
 def _eye(matrix: torch.Tensor) -> torch.Tensor:
     return torch.eye(min(matrix.shape), dtype=matrix.dtype, device=matrix.device)
-
-
-def _plain(name: str) -> str:
-    return name.replace("_orig_mod.", "")

@@ -6,6 +6,8 @@ import copy
 from pathlib import Path
 
 import torch
+from eke.seams.layers import place
+from eke.seams.names import at, parameter_names, plain, plain_keys
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -13,7 +15,11 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from eke_peft.methods import Adapter, PEFTError, Prompts, close_fast_path, open_fast_path, remove_intrinsic
+from eke_peft.adapters import Adapter
+from eke_peft.errors import PEFTError
+from eke_peft.intrinsic import remove_intrinsic
+from eke_peft.methods import close_fast_path, open_fast_path
+from eke_peft.prompts import Prompts
 from eke_peft.quantized import LAYERS
 
 WEIGHTS = "adapter_model.safetensors"
@@ -72,7 +78,8 @@ def export(module: nn.Module, folder: str | Path, name: str = "default", host: s
     if not isinstance(base, PeftModel):
         beside = _beside(base)
         for part in beside:
-            state |= {f"{part}.{key}": value for key, value in base.get_submodule(part).state_dict().items()}
+            state |= {f"{part}.{key}": value for key, value in at(base, part).state_dict().items()}
+        state = plain_keys(state)
         if beside:
             config.modules_to_save = [*(config.modules_to_save or ()), *beside]
         state = {f"base_model.model.{key}": value for key, value in state.items()}
@@ -90,21 +97,26 @@ def export(module: nn.Module, folder: str | Path, name: str = "default", host: s
 
 
 def _beside(base: nn.Module) -> list[str]:
-    """Modules that trained beside the adapter's layers."""
-    adapted = [name for name, part in base.named_modules() if isinstance(part, (BaseTunerLayer, ModulesToSaveWrapper))]
-    found = []
-    for name, parameter in base.named_parameters():
+    """Modules that trained beside the adapter's layers, a tied one under each of its names."""
+    adapted = [
+        plain(name) for name, part in base.named_modules() if isinstance(part, (BaseTunerLayer, ModulesToSaveWrapper))
+    ]
+    found = set()
+    for parameter, names in parameter_names(base).items():
         if not parameter.requires_grad:
             continue
-        layer = next((one for one in adapted if name.startswith(f"{one}.")), None)
-        if layer is None:
-            found.append(name.rpartition(".")[0])
-        elif f"{layer}.base_layer." in name:
-            raise PEFTError(f"{name!r} trained beside an adapter of its layer, which peft's files have no place for.")
+        for name in names:
+            layer = next((one for one in adapted if name.startswith(f"{one}.")), None)
+            if layer is None:
+                found.add(name.rpartition(".")[0])
+            elif f"{layer}.base_layer." in name:
+                raise PEFTError(
+                    f"{name!r} trained beside an adapter of its layer, which peft's files have no place for."
+                )
     if "" in found:
         raise PEFTError("a parameter of the model itself, in no module of its own, trained: peft's files have no "
                         "place for it.")  # fmt: skip
-    return sorted(set(found))
+    return sorted(found)
 
 
 def load_adapter(module: nn.Module, folder: str | Path, name: str = "default", host: str | None = None) -> None:
@@ -167,12 +179,14 @@ def merge(module: nn.Module) -> nn.Module:
                 f"{name} is quantized, and merging would round it again. Export the adapter, load the base without "
                 "quantize= and merge there."
             )
+    _part(module, [part.get_base_layer() for _, part in layers])
     for name, part in layers:
         part.merge(safe_merge=True)
-        _replace(module, name, part.get_base_layer())
+        place(module, name, part.get_base_layer())
     for name, part in [(name, part) for name, part in module.named_modules() if isinstance(part, ModulesToSaveWrapper)]:
-        _replace(module, name, part.modules_to_save[part.active_adapter])
+        place(module, name, part.modules_to_save[part.active_adapter])
     remove_intrinsic(module)
+    say_what_is_tied(module)
     for part in module.modules():
         for mark in ("peft_config", "eke_peft"):
             vars(part).pop(mark, None)
@@ -181,6 +195,27 @@ def merge(module: nn.Module) -> nn.Module:
     return module
 
 
-def _replace(module: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(module.get_submodule(parent), child, new)
+def _part(module: nn.Module, layers: list[nn.Module]) -> None:
+    """Give each of these layers whose weight is another's too a weight of its own: what is added to one is not added
+    to the other. A head that is tied to the embedding is so no longer."""
+    holders: dict[int, set[int]] = {}
+    for part in module.modules():
+        for parameter in part.parameters(recurse=False):
+            holders.setdefault(id(parameter), set()).add(id(part))
+    for layer in layers:
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            if len(holders[id(parameter)]) > 1:
+                setattr(layer, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+                holders[id(parameter)].discard(id(layer))
+
+
+def say_what_is_tied(module: nn.Module) -> None:
+    """Where a Hugging Face model's head is no longer its embedding, let its configuration say so: else loading or
+    resizing would tie them again."""
+    for part in module.modules():
+        config = getattr(part, "config", None)
+        if not getattr(config, "tie_word_embeddings", False) or not hasattr(part, "get_output_embeddings"):
+            continue
+        ends = part.get_input_embeddings(), part.get_output_embeddings()
+        if None not in ends and getattr(ends[0], "weight", None) is not getattr(ends[1], "weight", None):
+            config.tie_word_embeddings = False

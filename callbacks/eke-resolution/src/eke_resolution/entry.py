@@ -9,8 +9,8 @@ RECORD = Technique(
     paper="https://arxiv.org/abs/2212.08013",
     does="Progressive resolution and patch size: a ViT begins with small images, or with large patches",
     topics=("incremental learning",),
-    survey=(54,),
-    effects=("changes hidden states",),
+    survey=("progressive-res",),
+    effects=("changes batch content", "changes hidden states"),
     tolerates=("awaited blocks",),
     exactness="model-changing",
 )

@@ -9,7 +9,7 @@ RECORD = Technique(
     paper="https://arxiv.org/abs/2206.07137",
     does="RHO-LOSS: trains on samples whose loss is high and would be low for a model that has not seen them",
     topics=("importance sampling",),
-    effects=("replaces batch subset", "replaces loss"),
+    effects=("replaces batch subset", "keeps loss"),
     exactness="model-changing",
     exceptions={
         "test_accumulated_gradients_equal_the_big_batch": "Samples are chosen within each batch, and two small batches "

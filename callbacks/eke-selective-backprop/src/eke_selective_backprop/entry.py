@@ -9,7 +9,7 @@ RECORD = Technique(
     paper="https://arxiv.org/abs/1910.00762",
     does="Selective backprop: trains on the samples of a batch whose loss is high",
     topics=("importance sampling",),
-    effects=("replaces batch subset", "replaces loss"),
+    effects=("replaces batch subset", "keeps loss"),
     exactness="model-changing",
     exceptions={
         "test_accumulated_gradients_equal_the_big_batch": "Samples are chosen within each batch, and two small batches "

@@ -9,7 +9,7 @@ RECORD = Technique(
     paper="https://proceedings.mlr.press/v97/gong19a.html",
     does="Progressive stacking: trains some of a Transformer's blocks first, copies them upward, goes on with all",
     topics=("incremental learning",),
-    survey=(30,),
+    survey=("stacking",),
     effects=("replaces module tree", "changes weights", "changes optimizer state"),
     intolerance=(
         "The model changes its shape in mid-run, which such a strategy cannot follow. Use one device or "

@@ -1,4 +1,4 @@
-"""Certificates: what a technique's contract tests passed on, as a file in its package."""
+"""Certificates: what a technique's contract tests passed on, as a file in its package, one for each technique."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ def read(entry: EntryPoint) -> dict[str, Any] | None:
     """
     spec = find_spec(entry.module.partition(".")[0])
     for place in (spec.submodule_search_locations or []) if spec else []:
-        file = Path(place) / "certificate.json"
+        file = Path(place) / file_name(entry)
         if file.exists():
             content = json.loads(file.read_text(encoding="utf-8"))
             if not isinstance(content, dict):
                 raise ValueError(f"{file} holds {content!r}, not an object")
-            # A distribution may provide several techniques; the contract was run for the one that the file names.
-            return content if content.get("technique", entry.name) == entry.name else None
+            return content if content.get("technique", entry.name) == entry.name else None  # of another one
     return None
 
 
+def file_name(entry: EntryPoint) -> str:
+    """``certificate.json``; with the technique's name where it is not the first of its distribution."""
+    return "certificate.json" if entry.module.endswith(".entry") else f"certificate-{entry.name}.json"
+
+
 def short(entry: EntryPoint) -> str:
-    """One line, such as ``passed 2026-11, torch 2.13, lightning 2.6.6: single, ddp; fp32, bf16``."""
+    """The month in which it passed, such as ``2026-11``; ``eke info`` tells the rest."""
     try:
         certificate = read(entry)
     except ValueError:
         return "unreadable"
     if certificate is None:
         return "none"
-    versions = certificate.get("versions", {})
-    where = [f"passed {str(certificate.get('date', ''))[:7]}".strip()]
-    where += [f"{name} {versions[name].partition('+')[0]}" for name in ("torch", "lightning") if name in versions]
-    what = [", ".join(certificate[key]) for key in ("strategies", "precisions") if certificate.get(key)]
-    return ": ".join(filter(None, [", ".join(where), "; ".join(what)]))
+    return str(certificate.get("date", ""))[:7] or "yes"

@@ -1,15 +1,16 @@
-"""Columns of text that fit a terminal. Into a file or a pipe a line stays a line, for grep."""
+"""Columns of text that fit a terminal. In a pipe a line stays a line, for grep, unless COLUMNS is set."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import textwrap
 
 
 def width() -> int | None:
-    """Characters of the terminal; None where the output is none."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    """Characters in a line: of the terminal, or what COLUMNS says; None where there is neither."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() or os.environ.get("COLUMNS") else None
 
 
 def table(lines: list[tuple[str, ...]], within: int | None, shrink: tuple[int, ...]) -> str:

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from eke import registry
+from eke import registry, spec, survey
 from eke.cli import certificates, columns
 from eke.spec import Technique
 
@@ -17,10 +17,27 @@ def render(name: str) -> str:
     Raises:
         EkeError: as :func:`eke.get`.
     """
-    record, entry = registry.get(name), registry.installed()[name][0]
-    field = registry.field
-    heading = f"{name} {field(entry, 'Version')} ({field(entry, 'Name')}): {field(entry, 'Summary')}"
+    record = registry.get(name)
+    entry, field = registry.installed()[record.name][0], registry.field
+    heading = (
+        f"{record.name} {field(entry, 'Version')} ({field(entry, 'Name')}): {record.does or field(entry, 'Summary')}"
+    )
     return "\n\n".join([heading, _record(record), _arguments(record), _exceptions(record), _certificate(entry)])
+
+
+def effects() -> str:
+    """Every word that a record may use, with its definition."""
+    parts = {
+        "An effect is a verb and a resource. Verbs": spec.VERBS,
+        "Resources, in the order in which a run meets them": spec.RESOURCES,
+        "What a strategy imposes, and who touches the resources in brackets has to tolerate": {
+            word: f"{definition} ({', '.join(resources)})" for word, (definition, resources) in spec.IMPOSITIONS.items()
+        },
+        "Where resources are settled: methods of a technique": {
+            seam: ", ".join(resources) for seam, resources in spec.SEAMS.items()
+        },
+    }
+    return "\n\n".join(f"{title}\n{_two_columns(list(words.items()))}" for title, words in parts.items())
 
 
 def arguments(factory: Callable[..., object]) -> list[tuple[str, str]]:
@@ -38,14 +55,28 @@ def _record(record: Technique) -> str:
         ("class", f"{factory.__module__}.{factory.__qualname__}"),
         ("kind", record.kind),
         ("paper", record.paper),
-        ("survey", record.survey),
+        ("survey", "; ".join(filter(None, [", ".join(record.topics), survey.cited(record.survey)]))),
         ("effects", ", ".join(record.effects)),
         ("needs", ", ".join(record.needs)),
         ("conflicts", "; ".join(f"{other}: {reason}" for other, reason in record.conflicts.items())),
         ("after", ", ".join(record.after)),
         ("exactness", record.exactness),
+        ("tolerates", _by_default(record, record.tolerates, record.tolerated)),
     ]
+    if record.kind == "strategy":
+        lines.append(("imposes", _by_default(record, record.imposes, record.imposed)))
     return _two_columns([(key, value or "none") for key, value in lines])
+
+
+def _by_default(record: Technique, words: object, by: Callable[[dict[str, Any]], tuple[str, ...]]) -> str:
+    if not callable(words):
+        return ", ".join(words)
+    given = {
+        name: parameter.default
+        for name, parameter in inspect.signature(record.resolve()).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+    return f"{', '.join(by(given)) or 'none'}; other arguments may change it"
 
 
 def _arguments(record: Technique) -> str:

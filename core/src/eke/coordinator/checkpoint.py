@@ -9,9 +9,10 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
 
 from eke.coordinator.opening import overrides
-from eke.seams import state
+from eke.seams import shards, state
 from eke.seams.data import Position
 from eke.seams.masks import Masks
 from eke.seams.passes import Passes
@@ -45,7 +46,7 @@ def write(
     checkpoint[state.KEY] = {"version": state.VERSION, "progress": progress.state_dict(), "techniques": entries}
     if masks is not None and (claimed := masks.state_dict()):
         checkpoint[state.KEY]["masks"] = claimed
-    _write_eval_weights(checkpoint, eval_weights(techniques), swap)
+    _write_eval_weights(checkpoint, eval_weights(techniques), swap, None if masks is None else masks.module)
     for technique in techniques:
         technique.alter_checkpoint(checkpoint)
 
@@ -77,8 +78,9 @@ def shape(
     for technique in techniques:
         if overrides(technique, "complete_checkpoint"):
             technique.complete_checkpoint(checkpoint, module)
-    if trainer is not None and (training := own.get("training_weights")):
-        checkpoint["state_dict"].update(training)
+    weights = checkpoint.get("state_dict")
+    if trainer is not None and isinstance(weights, dict):
+        weights.update(own.get("training_weights", {}).get("tensors", {}))
 
 
 def restore(own: dict[str, Any], techniques: list[TechniqueCallback], progress: Progress, masks: Masks | None) -> None:
@@ -121,15 +123,28 @@ def eval_weights(techniques: list[TechniqueCallback]) -> Mapping[str, torch.Tens
 
 
 def _write_eval_weights(
-    checkpoint: dict[str, Any], weights: Mapping[str, torch.Tensor] | None, swap: Swap | None
+    checkpoint: dict[str, Any], weights: Mapping[str, torch.Tensor] | None, swap: Swap | None, module: nn.Module | None
 ) -> None:
-    if weights is None:
+    """Save what is evaluated in place of what is trained, which goes beside it. Sharded weights are saved as the
+    strategy saves the model's: in parts, or whole."""
+    if weights is None or module is None:
         return
-    kept = swap.kept if swap is not None else {}
-    saved = checkpoint["state_dict"]
     if "optimizer_states" in checkpoint:
-        checkpoint[state.KEY]["training_weights"] = {name: kept.get(name, saved[name]) for name in weights}
-    checkpoint["state_dict"] = {**saved, **weights}
+        training = Swap(module).values(weights) if swap is None else swap.kept
+        checkpoint[state.KEY]["training_weights"] = shards.save_parts(checkpoint, "training", training)
+    if not shards.is_sharded(checkpoint["state_dict"].values()):
+        weights = {name: shards.whole(one) for name, one in weights.items()}
+    checkpoint["state_dict"] = {**checkpoint["state_dict"], **weights}
+
+
+def put_training_weights(own: dict[str, Any], trainer: Trainer, module: LightningModule) -> None:
+    """Give the module the weights that were trained, where the strategy has loaded those that were evaluated already,
+    or each process its part."""
+    training = own.get("training_weights")
+    if training is not None and ("sharded" in training or trainer.strategy.restore_checkpoint_after_setup):
+        swap = Swap(module)
+        like = swap.values(training.get("tensors") or training["sharded"])
+        swap.put(shards.load_parts(training, like, trainer.ckpt_path))
 
 
 def _refuse_missing(saved: Mapping[str, Any], techniques: list[TechniqueCallback], fitting: bool) -> None:

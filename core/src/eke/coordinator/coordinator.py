@@ -42,6 +42,7 @@ class Coordinator(Hooks):
         self._masks: Masks | None = None  # outlives the run, as the zeros do, for a checkpoint that is written after it
         self._swap: Swap | None = None
         self._before_step: list[Callable[..., Any]] = []
+        self._resumed: dict[str, Any] = {}  # the checkpoint's, until training starts
         self._begins_with: dict[str, Any] = {}  # what this process had of its own, from a checkpoint
 
     @classmethod
@@ -193,6 +194,7 @@ class Coordinator(Hooks):
             checkpoints.restore(own, self.techniques, self.progress, self._masks)
             if trainer.state.fn == "fit" and "ranks" in own:
                 self._begins_with = checkpoints.rank_of(own, trainer) or {}
+                self._resumed = own
                 self.position.load_state_dict(self._begins_with or None)
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
@@ -239,6 +241,8 @@ class Coordinator(Hooks):
         compat.leave_finished_epoch(trainer)
         self.position.start(trainer)
         self.progress.begin(trainer)
+        resumed, self._resumed = self._resumed, {}
+        checkpoints.put_training_weights(resumed, trainer, pl_module)
         self._masks.follow()  # strategies that shard have put other parameters in place
         begins_with, self._begins_with = self._begins_with, {}
         gradients: dict[str, Tensor] = begins_with.get("gradients", {})

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from eke.seams.scoring import evaluating
-from eke.seams.shards import laid_out, load_parts, local, nearest, plain_name, save_parts
+from eke.seams.shards import laid_out, load_parts, local, nearest, plain_name, reshard, save_parts
 from eke.seams.state import rng_state, set_rng_state
 from eke.spec import EkeError
 
@@ -153,6 +153,7 @@ class _Average:
         A parameter is its own key, whatever name growth gives it; a buffer's is its module and its name there, since a
         module may put another tensor in its place.
         """
+        reshard(self.module)
         known = self._slots[-1] if self._slots else {}
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
             if parameter.is_floating_point() and (parameter.requires_grad or parameter in known):
@@ -186,6 +187,7 @@ class _Average:
             return
         (state, path), self._waiting = self._waiting, None
         saved = state["saved"]
+        reshard(self.module)
         here: dict[str, tuple[Hashable, Tensor]] = {}
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
             here[plain_name(name)] = parameter, parameter

@@ -125,7 +125,7 @@ def find_blocks(module: nn.Module, path: str | None = None) -> Blocks:
     if path is not None:
         module = _at(module, path)
         # A Sequential of several classes is a whole model or a part of one: look inside.
-        if isinstance(module, nn.ModuleList) or (_is_list(module) and len({type(block) for block in module}) == 1):
+        if isinstance(module, nn.ModuleList) or (_is_list(module) and len(set(map(_class, module))) == 1):
             return _blocks(path, module)
     prefix = f"{path}." if path else ""
     lists = [
@@ -138,7 +138,7 @@ def find_blocks(module: nn.Module, path: str | None = None) -> Blocks:
         raise BlocksError(f"{where} holds no list of two or more like blocks. {_found(lists)}")
     longest = max(chosen, key=lambda item: len(item[1]))
     rivals = [
-        item for item in chosen if len(item[1]) == len(longest[1]) or _kind(item[1][0])[0] is _kind(longest[1][0])[0]
+        item for item in chosen if len(item[1]) == len(longest[1]) or _kind(item[1][0])[0] == _kind(longest[1][0])[0]
     ]
     if len(rivals) > 1:
         raise BlocksError(
@@ -225,14 +225,19 @@ def _is_list(module: nn.Module) -> bool:
     return isinstance(module, (nn.ModuleList, nn.Sequential))
 
 
-def _kind(block: nn.Module) -> tuple[type[nn.Module], tuple[object, ...]]:
+def _class(block: nn.Module) -> tuple[str, str]:
+    """By name: an interceptor, or FSDP2, has put a class of its own on some of the blocks, under the same name."""
+    return type(block).__module__, type(block).__qualname__
+
+
+def _kind(block: nn.Module) -> tuple[tuple[str, str], tuple[object, ...]]:
     shapes = tuple((name, tuple(p.shape), p.dtype) for name, p in block.named_parameters(remove_duplicate=False))
-    return type(block), shapes
+    return _class(block), shapes
 
 
 def _nearly_alike(blocks: Sequence[nn.Module]) -> bool:
     """One class, and one shape for each parameter that more than one block has; most of them in all."""
-    if len({type(block) for block in blocks}) != 1:
+    if len(set(map(_class, blocks))) != 1:
         return False
     shapes: dict[str, set[tuple[int, ...]]] = {}
     counts: Counter[str] = Counter()

@@ -211,7 +211,7 @@ class Masks:
                     moved[name_of[id(parameter)]] = off
                 elif name in now and now[name].shape == off.shape:
                     moved.setdefault(name_of[id(now[name])], off)
-            moved.update((name_of[id(new)], mine[id(old)].clone()) for new, old in copies if id(old) in mine)
+            moved.update((name_of[id(new)], mine[id(old)]) for new, old in copies if id(old) in mine)
             claim.of = {name: now[name] for name in moved}
             claim.off = {name: laid_out(off, now[name]) for name, off in moved.items()}
         self.after_step()

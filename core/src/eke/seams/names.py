@@ -62,7 +62,8 @@ def match(names: Iterable[str], patterns: str | Iterable[str], argument: str = "
 
     A pattern without wildcards meets a name that is it or ends with it: ``"q_proj"`` meets
     ``"layers.0.self_attn.q_proj"``. One with wildcards (``*``, ``?``, ``[...]``) has to meet the whole name, dots
-    included: ``"*.mlp.*"``. Capital letters count. ``torch.compile``'s part of a name does not.
+    included: ``"*.mlp.*"``. ``|`` divides alternatives of which one has to meet: ``"*.wte.*|embed*"``. Capital letters
+    count. ``torch.compile``'s part of a name does not.
 
     Args:
         names: Dotted.
@@ -127,6 +128,8 @@ def _is_wild(pattern: str) -> bool:
 
 
 def _meets(name: str, pattern: str) -> bool:
+    if "|" in pattern:
+        return any(_meets(name, one) for one in pattern.split("|"))
     if _is_wild(pattern):
         return fnmatchcase(name, pattern)
     return f".{name}".endswith(f".{pattern}")

@@ -109,7 +109,8 @@ def recompute(
         owner: Name of the technique.
         policy: What is kept all the same: operators (``[torch.ops.aten.mm.default]``), or
             ``policy(context, operator, *args, **kwargs)`` that returns a ``torch.utils.checkpoint.CheckpointPolicy``.
-            For regions without inner ones.
+            One that counts has a ``begin()`` that returns such a function for each region. For regions without inner
+            ones.
         model: What holds the blocks. Looked through for recomputing of its own, which would be done twice.
         own: ``"take over"`` switches that off until it is undone; ``"leave"`` leaves such blocks to it, see
             :attr:`Recomputing.left`.
@@ -378,6 +379,7 @@ def _refuse(who: str, *_: Any) -> Any:
 def _checkpointed(function: Callable[..., Any], args: Sequence[Any], policy: Policy | None) -> Any:
     select = {}
     if policy is not None:
+        policy = policy.begin() if hasattr(policy, "begin") else policy
         select["context_fn"] = partial(torch_checkpoint.create_selective_checkpoint_contexts, policy)
     return torch_checkpoint.checkpoint(function, *args, use_reentrant=False, **select)
 

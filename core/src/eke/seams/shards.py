@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import checkpoint as sharded_files
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 PREFIX = "eke/"
@@ -45,8 +46,17 @@ def plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
+def reshard(module: nn.Module) -> None:
+    """Let FSDP2 put away what it has gathered: after a pass without backward, as in validation, the module's parameters
+    are gathered copies, and not those that train."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 def parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter by every one of its names: a tied one comes several times."""
+    reshard(module)
     return {plain_name(name): one for name, one in module.named_parameters(remove_duplicate=False)}
 
 
@@ -55,6 +65,11 @@ def nearest(name: str, names: Iterable[str]) -> str:
     names = list(names)
     near = difflib.get_close_matches(name, names, 3, 0.5) or names[:3]
     return ", ".join(map(repr, near)) or "none"
+
+
+def is_sharded(tensors: Iterable[Any]) -> bool:
+    """Whether each process holds a part of one of them."""
+    return any(isinstance(one, DTensor) for one in tensors)
 
 
 def save_parts(checkpoint: dict[str, Any], key: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -69,7 +84,7 @@ def save_parts(checkpoint: dict[str, Any], key: str, tensors: Mapping[str, Tenso
         What goes into the technique's own state, for :func:`load_parts`: where the checkpoint is one file the tensors,
         whole and in CPU memory; where it is sharded their names, and the tensors lie with the model's.
     """
-    if not any(isinstance(one, DTensor) for one in checkpoint["state_dict"].values()):
+    if not is_sharded(checkpoint["state_dict"].values()):
         return {"tensors": {name: whole(one).detach().to("cpu", copy=True) for name, one in tensors.items()}}
     checkpoint["state_dict"] = {
         **checkpoint["state_dict"],

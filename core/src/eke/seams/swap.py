@@ -7,14 +7,13 @@ its part, and FSDP2 has to forget what it gathered before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
-from eke.seams.shards import laid_out, local
+from eke.seams.shards import laid_out, local, reshard
 
 
 class Swap:
@@ -47,14 +46,14 @@ class Swap:
         if unknown:
             raise KeyError(f"The module has no tensor {unknown[0]!r} to exchange; it has {', '.join(tensors)}.")
         self.kept = {name: tensors[name].detach().clone() for name in others}
-        self._copy(others)
+        self.put(others)
 
     @torch.no_grad()
     def leave(self) -> None:
         """Put the module's own values back. Without :meth:`enter` it does nothing."""
         if not self.active:
             return
-        self._copy(self.kept)
+        self.put(self.kept)
         self.kept = {}
 
     @contextmanager
@@ -66,14 +65,19 @@ class Swap:
         finally:
             self.leave()
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        parameters = self.module.named_parameters(remove_duplicate=False)
-        return {**dict(parameters), **dict(self.module.named_buffers(remove_duplicate=False))}
+    def values(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The module's own tensors of some names, as they are now."""
+        tensors = self._tensors()
+        return {name: tensors[name].detach() for name in names}
 
-    def _copy(self, values: Mapping[str, torch.Tensor]) -> None:
+    @torch.no_grad()
+    def put(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Write values into the module's tensors for good."""
         tensors = self._tensors()
         for name, value in values.items():
             local(tensors[name]).copy_(local(laid_out(value, tensors[name])))
-        for part in self.module.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()  # weights that it has gathered are not those in place any more
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        reshard(self.module)  # what is gathered is no parameter that trains, and would not see the exchange
+        parameters = self.module.named_parameters(remove_duplicate=False)
+        return {**dict(parameters), **dict(self.module.named_buffers(remove_duplicate=False))}

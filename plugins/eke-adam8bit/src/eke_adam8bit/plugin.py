@@ -239,7 +239,29 @@ def _torchao(groups: list[dict[str, Any]], keep: list[Tensor], min_elements: int
         return torch.zeros_like(p) if small else whole(p, signed)
 
     optimizer._new_buffer = partial(new_buffer, kept=keep)
+    # A checkpoint holds plain tensors: torch reads no class of torchao's back until torchao has been imported.
+    optimizer.register_state_dict_post_hook(lambda _, state: _each_state(state, _as_plain))
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: _each_state(state, _as_torchaos))
     return optimizer
+
+
+def _each_state(state: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    changed = {number: {key: change(value) for key, value in one.items()} for number, one in state["state"].items()}
+    return {**state, "state": changed}
+
+
+def _as_plain(value: Any) -> Any:
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    if not isinstance(value, OptimState8bit):  # a sharded one is torch's to save
+        return value
+    return {"codes": value.codes, "scale": value.scale, "qmap": value.qmap, "signed": value.signed}
+
+
+def _as_torchaos(value: Any) -> Any:
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    return OptimState8bit(**value) if isinstance(value, dict) else value
 
 
 _BUILD = {"bitsandbytes": _bitsandbytes, "torchao": _torchao}

@@ -9,7 +9,7 @@ RECORD = Technique(
     paper="https://arxiv.org/abs/2205.14135",
     does="Attention by another kernel or on fewer pairs: SDPA, FlexAttention, windows, predicted sparsity",
     topics=("efficient attention", "hardware-aware low precision", "sparse matrix multiplication"),
-    survey=(20, 33, 34, 63, 71, 91),
+    survey=("flash-attn", "a3", "elsa", "sanger", "dota", "vitcod"),
     effects=("changes attention",),
     exactness="model-changing",  # with a pattern; without one sums are reordered
 )

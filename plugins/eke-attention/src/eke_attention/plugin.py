@@ -5,11 +5,11 @@ Sources stand at the kernels and patterns. Survey section 4.
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 import torch
 from eke import Run, Technique, TechniqueCallback
+from eke.seams.names import NamesError, match
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
@@ -52,6 +52,7 @@ class Attention(TechniqueCallback):
         ValueError: a kernel that is none of these, or that does not go with the pattern.
         AttentionError: a kernel that cannot run on the device; no attention that can be replaced, or one of
             ``layers`` that cannot.
+        NamesError: a pattern of ``layers`` that meets no attention.
     """
 
     technique: ClassVar[Technique] = RECORD
@@ -106,16 +107,20 @@ class Attention(TechniqueCallback):
         if self._sites:
             return
         sites, left = install(pl_module, self._attend)
-        if self.layers is not None:
-            for site in sites:
-                if not self._named(site.path):
-                    site.attend = _as_it_was
-            missed = [path for path in left if self._named(path)]
-            if missed:
+        wanted = [site.path for site in sites]
+        if self.layers is not None and (sites or left):
+            try:
+                wanted = match([*wanted, *left], self.layers, "layers")
+            except NamesError:
+                self._remove(sites)
+                raise
+            if missed := [path for path in left if path in wanted]:
                 self._remove(sites)
                 raise AttentionError(f"The attention at {missed[0]!r} cannot be replaced: {left[missed[0]]}.")
-        self._sites = [site for site in sites if self.layers is None or self._named(site.path)]
-        self._others = [site for site in sites if site not in self._sites]
+        self._sites = [site for site in sites if site.path in wanted]
+        self._others = [site for site in sites if site.path not in wanted]
+        for site in self._others:
+            site.attend = _as_it_was
         if not self._sites:
             self._remove(sites)
             told = "; ".join(f"{path}: {why}" for path, why in left.items()) or "none was found"
@@ -128,9 +133,6 @@ class Attention(TechniqueCallback):
         if left:
             text += f" Left as they are: {'; '.join(f'{path}: {why}' for path, why in left.items())}."
         rank_zero_info(text)
-
-    def _named(self, path: str) -> bool:
-        return any(fnmatchcase(path, one) for one in self.layers or ())
 
     @staticmethod
     def _remove(sites: list[Site]) -> None:

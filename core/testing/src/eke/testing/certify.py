@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from eke import registry
+from eke.cli import certificates
 from eke.testing.plugin import EXCEPTED
-
-NAME = "certificate.json"
 
 
 def certify(outcomes: dict[type, dict[Any, str]]) -> list[str]:
@@ -37,7 +36,7 @@ def certify(outcomes: dict[type, dict[Any, str]]) -> list[str]:
 
 
 def _certify(name: str, contracts: list[type], results: dict[Any, str]) -> str:
-    file = _package_folder(name) / NAME
+    file = _package_folder(name) / certificates.file_name(registry.available()[name])
     open_items = [
         f"{item.name} ({outcome})"
         for item, outcome in results.items()

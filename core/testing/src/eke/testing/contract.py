@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import pytest
-from eke.testing import checks
+from eke.testing import checks, effects
 from eke.testing.data import shuffled
 from eke.testing.models import SHAPES, STEPS, TinyBlocks, TinyGPT2, TinyModel
 from eke.testing.plugin import EXCEPTED
@@ -196,6 +196,7 @@ class TechniqueContract(CallbackContract):
     """
 
     resuming: ClassVar[Mapping[str, Any]] = {"loader": shuffled, "random": True}
+    unseen: ClassVar[Mapping[str, str]] = {}  # effects that a run of a dozen steps cannot show, to the sentence why
 
     def test_it_has_a_record(self) -> None:
         record = self.subject().record
@@ -206,6 +207,9 @@ class TechniqueContract(CallbackContract):
 
     def test_it_does_what_its_record_says(self) -> None:
         checks.does_what_its_record_says(self.subject())
+
+    def test_each_effect_of_its_record_is_seen_and_no_other(self) -> None:
+        effects.proves_its_effects(self.subject(), self.unseen)
 
     def test_a_run_with_dropout_resumes_to_the_same_bits(self) -> None:
         checks.resumes(self.subject(), after_epochs=1, dropout=0.1, **self.resuming)
