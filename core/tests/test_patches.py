@@ -51,9 +51,9 @@ def test_the_blocks_that_see_images_are_those_beside_the_convolution():
         BlocksError, match=r"2 lists of blocks that see images: 'left.blocks', 'right.blocks'. Say which"
     ):
         find_patches(two)
-    assert [one.path for one in image_blocks(TinyBlocks())] == [
-        "blocks"
-    ]  # where nothing cuts images, the blocks there are
+    for model in (TinyBlocks(), nn.Transformer(8, 2, 2, 2, 8)):
+        with pytest.raises(PatchesError, match="has 0 convolutions that cut images .* it has no convolution"):
+            image_blocks(model)
 
 
 def test_refusals_are_ekes_own_and_stay_value_errors():

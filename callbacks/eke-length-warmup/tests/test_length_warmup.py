@@ -275,6 +275,13 @@ def test_a_step_that_fails_on_what_was_left_whole_says_so():
         fit(Named(), LengthWarmup(4, duration=100, multiple=4))
     fit(Named(), LengthWarmup(4, duration=100, multiple=4, sequence=["input_ids", "tags"]))
 
+    class Wrong(Named):
+        def loss(self, batch):
+            raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="^mine$"):
+        fit(Wrong(), LengthWarmup(4, duration=100, multiple=4))
+
 
 def test_rows_put_end_to_end_are_the_sequence_without_its_rest():
     rows = split([IDS, IDS + 1], 5)
@@ -386,14 +393,12 @@ def test_a_share_of_a_run_of_unknown_length_is_refused():
         def __iter__(self):
             return iter([(IDS[0], IDS[0])] * 4)
 
-    class Streamed(TinyBlocks):
-        def train_dataloader(self):
-            return DataLoader(Stream(), batch_size=2)
-
     with pytest.raises(
         ValueError, match=r"LengthWarmup\(duration=0.3\) goes by the length of the run, which is not known"
     ):
-        fit(Streamed(), LengthWarmup(4))
+        Trainer(max_epochs=1, callbacks=[LengthWarmup(4)], logger=False, enable_checkpointing=False).fit(
+            TinyBlocks(), DataLoader(Stream(), batch_size=2)
+        )
 
 
 def test_reshape_keeps_the_tokens_of_a_step():

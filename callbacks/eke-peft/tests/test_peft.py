@@ -1,4 +1,5 @@
 import copy
+import math
 import warnings
 
 import eke
@@ -218,9 +219,53 @@ def test_intrinsic_directions_are_of_one_length_and_nearly_apart():
         for i in range(8)
     ])  # fmt: skip
     lengths = moved.norm(dim=1)
-    assert lengths.std() / lengths.mean() < 0.1
+    torch.testing.assert_close(lengths, torch.ones(8), atol=1e-5, rtol=0)
     products = (moved / lengths[:, None]) @ (moved / lengths[:, None]).T - torch.eye(8)
     assert products.abs().max() < 0.15
+
+
+@pytest.mark.parametrize("shape", [(30, 70), (16, 16), (7,), (640, 33)])
+@pytest.mark.parametrize("dimension", [16, 50])
+def test_a_step_goes_as_far_as_the_authors_whatever_the_sizes(shape, dimension):
+    """Length 1 for each number on average, as fastfood_torched has it: neither the weight's size nor theirs matters."""
+    part = Fastfood(nn.Parameter(torch.zeros(dimension)), torch.Size(shape), seed=3)
+    squares = torch.stack([_with(part, one).square().sum() for one in torch.eye(dimension)])
+    # A part that is cut off keeps its share of entries, whose squares differ: their mean over numbers is near 1.
+    assert abs(squares.mean() - 1) < 4 * (2 / min(math.prod(shape), part.size) / dimension) ** 0.5 + 0.02
+
+    BB, PI, GG = part.signs[0].float(), part.order[0], part.gauss[0]
+    if part.parts == 1:  # one transform: the authors' own formula, number for number
+        number = torch.randn(dimension)
+        mixed = walsh_hadamard((nn.functional.pad(number, (0, part.size - dimension)) * BB)[None])[0]
+        mixed = walsh_hadamard((mixed[PI] * GG)[None])[0]
+        size = math.prod(shape)
+        wanted = mixed[:size] / ((part.size * GG.square().sum()).sqrt() * math.sqrt(size / part.size))
+        torch.testing.assert_close(_with(part, number).flatten(), wanted)
+
+
+def test_every_parameter_moves_where_that_is_asked_for():
+    model = Classifier()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tune(model, PEFT("intrinsic", settings={"dimension": 30, "parameters": "all"}))
+    merge(model)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == set(before)  # embeddings, norms and biases too
+    with pytest.raises(PEFTError, match="give 'blocks', the linear weights of blocks or of the targets, or 'all'"):
+        put("intrinsic", settings={"parameters": "some"})
+
+
+def test_a_parameter_that_two_modules_share_moves_once_and_stays_shared():
+    class Tied(TinyBlocks):
+        def make(self, dropout, layers):
+            super().make(dropout, layers)
+            self.head.weight = self.embed.weight
+
+    model = fit(Tied(), PEFT("intrinsic", settings={"dimension": 20, "parameters": "all"})).model
+    before = logits(model)
+    assert torch.equal(model.head.weight, model.embed.weight)
+    merge(model)
+    assert model.head.weight is model.embed.weight
+    torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=0)
 
 
 def _with(part, numbers):
@@ -410,16 +455,20 @@ def test_what_is_put_beside_a_half_precision_base_is_float32():
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("method", ["lora", "ia3", "bitfit", "adapters", "intrinsic", "prompt", "prefix", "p-tuning"])
+@pytest.mark.parametrize(
+    "method", ["lora", "ia3", "bitfit", "adapters", "intrinsic", "intrinsic of all", "prompt", "prefix", "p-tuning"]
+)
 def test_methods_train_a_hugging_face_model_and_save_little(method, tmp_path):
     model = Classifier()
     settings = {
+        "intrinsic of all": {"dimension": 30, "parameters": "all"},
         "prefix": {"num_virtual_tokens": 4},
         "p-tuning": {"num_virtual_tokens": 4, "encoder_hidden_size": 8},
         "lora": {"r": 4},
         "adapters": {"width": 4},
         "intrinsic": {"dimension": 30},
     }.get(method, {})
+    method = method.partition(" ")[0]
     trainer = tune(model, PEFT(method, settings=settings))
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     saved = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
@@ -552,9 +601,10 @@ def test_what_peft_has_no_place_for_is_said_at_export(tmp_path):
         export(model, tmp_path / "other")
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "intrinsic"])
+@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "intrinsic", "intrinsic of all"])
 def test_merging_gives_the_plain_model_with_the_same_outputs(method):
-    settings = {"intrinsic": {"dimension": 20}}.get(method, {"r": 4})
+    settings = {"intrinsic": {"dimension": 20}, "intrinsic of all": {"dimension": 20, "parameters": "all"}}
+    settings, method = settings.get(method, {"r": 4}), method.partition(" ")[0]
     model = fit(TinyBlocks(), PEFT(method, settings=settings, train=["head.*"])).model
     before = logits(model)
     merge(model)

@@ -332,10 +332,11 @@ def test_a_router_that_needs_every_token_is_said():
 def test_an_error_of_ones_own_is_left_alone():
     class Wrong(TinyBlocks):
         def loss(self, batch):
+            super().loss(batch)
             raise RuntimeError("mine")
 
     with pytest.raises(RuntimeError, match="^mine$"):
-        fit(Wrong(), RandomLTD())
+        fit(Wrong(), RandomLTD(0.5, multiple=1))
 
 
 def test_an_unknown_input_of_token_length_is_refused_by_name():
@@ -378,7 +379,7 @@ def test_models_that_it_cannot_serve_are_refused_before_the_first_step():
             self.encoder = nn.TransformerEncoder(layer, 4)
 
     with pytest.raises(ValueError, match="the attention has the batch second"):
-        fit(TimeFirst(), RandomLTD())
+        RandomLTD().alter_model(eke.Run(RandomLTD(), None, TimeFirst()))
 
 
 def test_windows_of_an_image_are_refused():

@@ -215,13 +215,31 @@ def test_towers_draw_patches_of_their_own():
 def test_a_model_of_texts_is_refused_whatever_the_prefix(prefix):
     """It once advised prefix=1 here, which trained a BERT with half of its words left out."""
     pytest.importorskip("transformers")
-    for model in (TinyBlocks(), Wrapped(hugging_face("bert"), classify)):
+
+    class Words(Wrapped):
+        dataset = TinyBlocks.dataset
+
+    models = [TinyBlocks(), Words(hugging_face("bert"), lambda model, ids, labels: model(ids, labels=labels).loss)]
+    if prefix is None:
+        models.append(Words(nn.Transformer(8, 2, 2, 2, 8), None))
+        models[-1].embed = nn.Embedding(8, 8)
+    for model in models:
         with pytest.raises(
-            ValueError, match="embeds tokens by number and cuts no images: it has no patches"
-        ) as refusal:
+            ValueError, match=r"TokenDrop leaves out patches of images.* On texts, eke-random-ltd"
+        ) as one:
             fit(model, TokenDrop(prefix=prefix), epochs=1)
-        assert "prefix" not in str(refusal.value)
-        assert isinstance(refusal.value, eke.EkeError)
+        assert "prefix" not in str(one.value)
+        assert isinstance(one.value, eke.EkeError)
+
+
+def test_an_error_of_ones_own_is_left_alone():
+    class Wrong(TinyViT):
+        def loss(self, batch):
+            super().loss(batch)
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="^mine$"):
+        fit(Wrong(), TokenDrop(tail=0))
 
 
 def test_a_model_of_the_users_own_without_a_convolution_says_how_many_tokens_come_first():

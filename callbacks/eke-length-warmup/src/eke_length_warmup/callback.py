@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from eke import Run, Technique, TechniqueCallback
+from eke import EkeError, Run, Technique, TechniqueCallback
 from eke.seams.progress import Until
+from eke.seams.step import fails_too
 
 from eke_length_warmup.entry import RECORD
 from eke_length_warmup.sequence import SequenceError, cut, divide, find_sequences, row_length
@@ -113,6 +114,7 @@ class LengthWarmup(TechniqueCallback):
         self.sequence = sequence
         self._until: Until | None = None
         self._length = 0
+        self._whole: Any = None  # this batch as it came
         self._left: list[str] = []  # parts of this batch that are as long as its sequence and stay whole
 
     def check(self, run: Run) -> None:
@@ -120,7 +122,7 @@ class LengthWarmup(TechniqueCallback):
             self._until = run.until(self.duration, "duration")
 
     def alter_batch(self, run: Run, batch: Any) -> Any:
-        self._length, self._left = 0, []
+        self._length, self._left, self._whole = 0, [], None
         if self._until.reached:
             return batch
         found = find_sequences(batch, self.sequence)
@@ -128,7 +130,7 @@ class LengthWarmup(TechniqueCallback):
         self._length = length if self.mode == "truncate" else row_length(length, found.length)
         if self._length == found.length:
             return batch
-        self._left = found.left
+        self._left, self._whole = found.left, batch if found.left else None
         return (cut if self.mode == "truncate" else divide)(batch, found, length)
 
     def around_step(self, run: Run, call_next: Any, batch: Any, *args: Any) -> Any:
@@ -137,17 +139,17 @@ class LengthWarmup(TechniqueCallback):
         try:
             return call_next(batch, *args)
         except (RuntimeError, ValueError, IndexError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            left = ", ".join(self._left)
+            if isinstance(error, (EkeError, torch.OutOfMemoryError)) or fails_too(call_next, self._whole, *args):
+                raise  # not of our making
+            left, said = ", ".join(self._left), str(error).rstrip(".")
             raise SequenceError(
-                f"The step failed on sequences of {self._length} tokens: {error} LengthWarmup left {left} whole, "
+                f"The step failed on sequences of {self._length} tokens: {said}. LengthWarmup left {left} whole, "
                 "which has as many entries but is not known to go by token. If it does, name all that do: "
                 "LengthWarmup(sequence=['input_ids', 'labels', ...])."
             ) from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_until": None}  # a copy meets its run anew
+        return {**super().__getstate__(), "_until": None, "_whole": None}  # a copy meets its run anew
 
     def step_kind(self) -> str:
         return f"length {self._length}" if self._length else "full length"

@@ -32,7 +32,7 @@ from eke_peft.adapters import put_adapters
 from eke_peft.base import completed, fingerprint, frozen_parameters, plain_values, trained_names
 from eke_peft.entry import RECORD
 from eke_peft.errors import PEFTError
-from eke_peft.intrinsic import put_intrinsic
+from eke_peft.intrinsic import put_intrinsic, weights_of
 from eke_peft.library import LIBRARY, PROMPTING, configuration, put_library
 from eke_peft.methods import METHODS, OWN, close_fast_path, tuned
 from eke_peft.prompts import PROMPTS, Prompts, patch_size, put_prompts, token_width
@@ -58,7 +58,8 @@ class PEFT(TechniqueCallback):
             ``train``); for Hugging Face models also ``"prompt"``, ``"prefix"``, ``"p-tuning"``; or any configuration
             of peft's.
         settings: Of the method: those of peft's configuration; ``width`` and ``after_attention`` of adapters;
-            ``tokens``, ``deep``, ``prefix`` and ``dropout`` of vpt; ``dimension`` of intrinsic.
+            ``tokens``, ``deep``, ``prefix`` and ``dropout`` of vpt; ``dimension`` and ``parameters`` of
+            intrinsic.
         targets: Patterns of names of the layers inside ``host``, such as ``"q_proj"`` or ``"*.mlp.*"``; for bitfit, of
             biases. By default all linear layers of the blocks; for adapters those that end attention and MLP; for ia3
             keys, values and the MLP's end.
@@ -214,7 +215,7 @@ class PEFT(TechniqueCallback):
             layers = len(blocks) if own["deep"] else 1
             pl_module.add_module(PROMPTS, Prompts(layers, own["tokens"], width, patch_size(host), own["dropout"]))
         elif self.method == "intrinsic":
-            put_intrinsic(host, self._targets(host), own["dimension"], seed=0)
+            put_intrinsic(host, self._moved(pl_module, path, host, own["parameters"]), own["dimension"], seed=0)
         else:
             put_library(pl_module, path, host, self._config(), self.adapter, self.targets, self.blocks)
 
@@ -237,6 +238,17 @@ class PEFT(TechniqueCallback):
 
     def _targets(self, host: nn.Module) -> list[str]:
         return named(host, self.targets) if self.targets else linear_layers(host, self.blocks)
+
+    def _moved(self, module: LightningModule, path: str, host: nn.Module, parameters: str) -> list[nn.Parameter]:
+        """What intrinsic dimension moves."""
+        if parameters not in ("blocks", "all") or (parameters == "all" and self.targets):
+            raise PEFTError(
+                f"settings={{'parameters': {parameters!r}}} with targets={self.targets!r}: give 'blocks', the linear "
+                "weights of blocks or of the targets, or 'all' without targets."
+            )
+        if parameters == "blocks":
+            return weights_of(host, self._targets(host))
+        return list(frozen_parameters(module, path, host, self.method, self.targets, self.train).values())
 
     def _description(self) -> dict[str, Any]:
         """The method as plain values, to be compared with a checkpoint's."""

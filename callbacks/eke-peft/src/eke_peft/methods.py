@@ -21,7 +21,7 @@ OWN: dict[str, dict[str, Any]] = {
     "bitfit": {},
     "adapters": {"width": 64, "after_attention": True},
     "vpt": {"tokens": 5, "deep": False, "prefix": 1, "dropout": 0.0},
-    "intrinsic": {"dimension": 1000},
+    "intrinsic": {"dimension": 1000, "parameters": "blocks"},
 }
 METHODS = (*LIBRARY, *OWN)
 

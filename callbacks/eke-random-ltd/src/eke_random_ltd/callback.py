@@ -15,6 +15,7 @@ from eke import EkeError, Run, Technique, TechniqueCallback
 from eke.seams import interceptor
 from eke.seams.blocks import find_all_blocks, find_attention
 from eke.seams.progress import Until
+from eke.seams.step import fails_too
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -178,10 +179,14 @@ class RandomLTD(TechniqueCallback):
         try:
             return call_next(batch, *args)
         except (RuntimeError, ValueError) as error:
-            if not any(choose.cut for choose in self._choices) or isinstance(error, (EkeError, torch.OutOfMemoryError)):
+            cut = any(choose.cut for choose in self._choices)
+            for blocks in self._middle:
+                blocks.clear()
+            if not cut or isinstance(error, (EkeError, torch.OutOfMemoryError)) or fails_too(call_next, batch, *args):
                 raise  # not of our making
+            said = str(error).rstrip(".")
             raise RandomLTDError(
-                f"The model failed where middle blocks see a part of the tokens: {error} What it computes beside the "
+                f"The model failed where middle blocks see a part of the tokens: {said}. What it computes beside the "
                 "blocks has to take any number of them. Switch off losses of a router (output_router_logits=False) and "
                 "outputs of each block, or leave RandomLTD out."
             ) from error

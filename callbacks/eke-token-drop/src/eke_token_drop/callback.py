@@ -14,12 +14,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from eke import EkeError, Run, Technique, TechniqueCallback
 from eke.seams import interceptor
-from eke.seams.blocks import Blocks
+from eke.seams.batch import tensors
+from eke.seams.blocks import Blocks, find_blocks
 from eke.seams.patches import PatchEmbedding, PatchesError, find_patches, image_blocks, relative_positions
+from eke.seams.step import fails_too
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from eke_token_drop.entry import RECORD
 
@@ -102,15 +103,7 @@ class TokenDrop(TechniqueCallback):
         pl_module = run.module
         if self._entrances:
             return
-        entrances = [Entrance(found) for found in image_blocks(pl_module, self.blocks)]
-        inside = {id(part) for one in entrances for block in one.blocks for part in block.modules()}
-        outside = [part for part in pl_module.modules() if id(part) not in inside]
-        of_text = any(isinstance(part, nn.Embedding) for part in outside)
-        if of_text and not any(isinstance(part, _ConvNd) for part in outside):
-            raise PatchesError(
-                f"{type(pl_module).__name__} embeds tokens by number and cuts no images: it has no patches. TokenDrop "
-                "is for images; on texts, eke-random-ltd leaves tokens out of the middle blocks."
-            )
+        entrances = [Entrance(found) for found in self._lists(pl_module)]
         for one in entrances:
             if pairs := relative_positions(one.blocks.container):
                 raise TokenDropError(
@@ -128,6 +121,20 @@ class TokenDrop(TechniqueCallback):
                     ) from None
         self._entrances = entrances
 
+    def _lists(self, module: LightningModule) -> list[Blocks]:
+        """The lists of blocks that see patches."""
+        try:
+            return image_blocks(module, self.blocks)
+        except PatchesError as error:
+            if self.prefix is not None:
+                return [find_blocks(module)]  # which cuts images in a way of its own
+            if any(isinstance(part, nn.Embedding) for part in module.modules()):
+                raise PatchesError(
+                    f"{error} TokenDrop leaves out patches of images. On texts, eke-random-ltd leaves tokens out of "
+                    "the middle blocks."
+                ) from None
+            raise PatchesError(f"{error} Say how many tokens precede the patches: TokenDrop(prefix=1).") from None
+
     def end_run(self, run: Run) -> None:
         for one in self._entrances:
             one.close()
@@ -138,6 +145,12 @@ class TokenDrop(TechniqueCallback):
         self._leave = []
         if keep == 1:
             return
+        if self.prefix is not None and not any(one.is_floating_point() and one.ndim > 2 for one in tensors(batch)):
+            shapes = ", ".join(str(tuple(one.shape)) for one in tensors(batch))
+            raise TokenDropError(
+                f"The batch holds no images but tensors of {shapes or 'no shape'}. TokenDrop leaves out patches of "
+                "images. On texts, eke-random-ltd leaves tokens out of the middle blocks."
+            )
         seed = self.run.seed(per_rank=True)
         for number, one in enumerate(self._entrances):
             leave = LeaveOut(keep, seed + 1024 * number, self.prefix, one.cut)
@@ -151,17 +164,24 @@ class TokenDrop(TechniqueCallback):
             return call_next(batch, *args)
         except RuntimeError as error:
             left = any(leave.left for leave in self._leave)
-            if not left or isinstance(error, (EkeError, torch.OutOfMemoryError)):  # not of our making
-                raise
+            self._clear()
+            if not left or isinstance(error, (EkeError, torch.OutOfMemoryError)) or fails_too(call_next, batch, *args):
+                raise  # not of our making
+            said = str(error).rstrip(".")
             raise TokenDropError(
-                f"The model failed on a part of its patches: {error}. What follows the first block has to take any "
+                f"The model failed on a part of its patches: {said}. What follows the first block has to take any "
                 "number of tokens: a head on the class token or on their mean, no head for each place, no windows."
             ) from error
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        for one in self._entrances if self._leave else ():
+        if self._leave:
+            self._clear()
+
+    def _clear(self) -> None:
+        """All patches pass again."""
+        for one in self._entrances:
             interceptor.put(one.held, RECORD.name)
 
     def step_kind(self) -> str:

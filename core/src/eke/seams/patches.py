@@ -78,11 +78,7 @@ def find_patches(module: nn.Module, blocks: str | None = None) -> PatchEmbedding
             break
     cutting = [name for name, part in convolutions.items() if part.kernel_size == part.stride]
     if len(cutting) != 1:
-        have = ", ".join(f"{name} {part.kernel_size}" for name, part in convolutions.items()) or "no convolution"
-        raise PatchesError(
-            f"{type(module).__name__} has {len(cutting)} convolutions that cut images into patches (stride and kernel "
-            f"alike) outside its blocks at {found.path!r}; it has {have}."
-        )
+        raise _not_one(module, f" at {found.path!r}", cutting, convolutions)
     stem = tuple(name for name in convolutions if name != cutting[0])
     return PatchEmbedding(cutting[0], convolutions[cutting[0]], stem)
 
@@ -93,28 +89,35 @@ def image_blocks(module: nn.Module, paths: str | Sequence[str] | None = None) ->
     Args:
         module: A model, a LightningModule, or anything that holds one.
         paths: Dotted paths of the lists. By default, for each convolution that cuts images, the list whose path has
-            most in common with its own; where nothing cuts images, the list that :func:`find_blocks` finds.
+            most in common with its own.
 
     Raises:
         BlocksError: the blocks are not to be found.
+        PatchesError: nothing cuts images.
     """
     if paths is not None:
         return find_all_blocks(module, paths)
-    try:
-        lists = find_all_blocks(module)
-    except BlocksError:
-        return [find_blocks(module)]
+    lists = find_all_blocks(module)
     inside = {id(part) for one in lists for block in one for part in block.modules()}
-    cutting = [
-        name
-        for name, part in module.named_modules()
-        if isinstance(part, _ConvNd) and part.kernel_size == part.stride and id(part) not in inside
-    ]
+    convolutions = {
+        name: part for name, part in module.named_modules() if isinstance(part, _ConvNd) and id(part) not in inside
+    }
+    cutting = [name for name, part in convolutions.items() if part.kernel_size == part.stride]
+    if not cutting:
+        raise _not_one(module, "", cutting, convolutions)
     near: set[str] = set()
     for name in cutting:
         closeness = {one.path: _closeness(name, one.path) for one in lists}
         near |= {path for path, close in closeness.items() if close == max(closeness.values())}
-    return [one for one in lists if one.path in near] or [find_blocks(module)]
+    return [one for one in lists if one.path in near]
+
+
+def _not_one(module: nn.Module, where: str, cutting: list[str], convolutions: dict[str, nn.Module]) -> PatchesError:
+    have = ", ".join(f"{name} {part.kernel_size}" for name, part in convolutions.items()) or "no convolution"
+    return PatchesError(
+        f"{type(module).__name__} has {len(cutting)} convolutions that cut images into patches (stride and kernel "
+        f"alike) outside its blocks{where}; it has {have}."
+    )
 
 
 def _closeness(name: str, path: str) -> tuple[int, int]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
@@ -43,3 +44,16 @@ def step_arguments(pl_module: LightningModule, batch: Any, batch_idx: int) -> tu
     """What Lightning would call ``training_step`` with: the batch's index goes to a second argument of any name."""
     takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
     return (batch, batch_idx) if takes_index else (batch,)
+
+
+def fails_too(step: Callable[..., Any], *arguments: Any) -> bool:
+    """Whether a step fails without what a technique did to it as well, so that its error is not the technique's.
+
+    For a run that ends with the error in either case: logs and random numbers are not looked after.
+    """
+    try:
+        with torch.no_grad():
+            step(*arguments)
+    except Exception:
+        return True
+    return False
