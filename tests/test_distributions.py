@@ -7,6 +7,7 @@ from pathlib import Path
 
 import eke
 import pytest
+from eke.survey import KEYS
 
 try:
     import tomllib
@@ -187,6 +188,26 @@ def test_names_in_conflicts_and_after_are_those_of_known_techniques(folder):
     record = eke.get(stem(folder))
     known = set(eke.available())  # a distribution may provide several
     assert {*record.conflicts, *record.after} <= known - {record.name}
+
+
+@technique
+def test_each_record_says_in_one_line_what_it_does_and_where_it_belongs(folder):
+    for name in project(folder)["entry-points"]["eke"]:
+        record = eke.get(name)
+        assert 20 < len(record.does) <= 110
+        assert not record.does.endswith(".")
+        assert record.topics
+
+
+@technique
+def test_the_records_and_the_readme_name_the_same_references_of_the_survey(folder):
+    source = (folder / "README.md").read_text().partition("## Source")[2]
+    named = {int(number) for number in re.findall(r"\[(\d+)\]", source)}
+    records = [eke.get(name) for name in project(folder)["entry-points"]["eke"]]
+    keys = {key for record in records for key in record.survey}
+    served = {number for key in keys for number in KEYS[key].references}
+    assert named == served
+    assert {KEYS[key].topic for key in keys} <= {topic for record in records for topic in record.topics}
 
 
 def test_no_technique_is_left_out_of_the_installed_ones():

@@ -10,17 +10,29 @@ readme_table = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(readme_table)
 
 
-def technique(repo, kind, name, section):
+def technique(repo, kind, name, section, **records):
     folder = repo / kind / name
-    folder.mkdir(parents=True)
-    (folder / "pyproject.toml").write_text(f'[project]\nname = "{name}"\ndescription = "Does {name} | well"\n')
+    package = name.replace("-", "_")
+    (folder / "src" / package).mkdir(parents=True)
+    points = "".join(f'{one} = "{package}.{one}"\n' for one in records)
+    (folder / "pyproject.toml").write_text(
+        f'[project]\nname = "{name}"\ndescription = "Does {name} | well"\n[project.entry-points.eke]\n{points}'
+    )
+    for one, fields in records.items():
+        (folder / "src" / package / f"{one}.py").write_text(
+            "import eke\n\n@eke.hookimpl\ndef eke_technique():\n"
+            f"    return eke.Technique({one!r}, 'callback', **{fields!r})\n"
+        )
     (folder / "README.md").write_text(
         f"# {name}\n\n## When not to use it\n\n{section}\n\n## Works with\n\nAll. Else.\n"
     )
 
 
-def test_each_technique_has_a_row_by_name_from_metadata_benchmark_and_readme(tmp_path):
+def test_each_technique_has_a_row_by_name_from_record_benchmark_and_readme(tmp_path):
     technique(tmp_path, "plugins", "eke-z-last", "Short runs: warm-up takes\n2.5 s. Nothing else.")
+    technique(tmp_path, "plugins", "eke-steps", "Never.", steps={"does": "Steps", "topics": ("optimizer",)})
+    memory = {"does": "Is small", "topics": ("quantized training", "optimizer")}
+    technique(tmp_path, "strategies", "eke-small", "Never.", again={"does": "Is small again"}, small=memory)
     technique(tmp_path, "callbacks", "eke-first", "- On `tpu`.\n- Never.")
     results = tmp_path / "benchmarks" / "cpu-2core"
     results.mkdir(parents=True)
@@ -28,9 +40,21 @@ def test_each_technique_has_a_row_by_name_from_metadata_benchmark_and_readme(tmp
     (results / "z_last-step-cpu.json").write_text(json.dumps({"headline": ""}))
     (results / "z_last-vit-cpu.json").write_text(json.dumps({"headline": "twice the time"}))
     (results / "z_last-gpt-smoke.json").write_text(json.dumps({"headline": "nothing"}))
+    head = ["", "| technique | what it does | measured effect | when not to use it |", "| --- | --- | --- | --- |"]
     assert readme_table.table(tmp_path).splitlines() == [
-        "| technique | what it does | measured effect | when not to use it |",
-        "| --- | --- | --- | --- |",
+        "**2.1 Optimization** (optimizer, initialization, sparse training, overparameterization, large batch training, "
+        "incremental learning)",
+        *head,
+        "| [eke-small](strategies/eke-small) | Is small; Is small again | see 3 Memory efficiency |  |",
+        "| [eke-steps](plugins/eke-steps) | Steps | not measured yet | Never. |",
+        "",
+        "**3 Memory efficiency** (parallelism, quantized training, rematerialization and offloading, "
+        "parameter-efficient tuning)",
+        *head,
+        "| [eke-small](strategies/eke-small) | Is small; Is small again | not measured yet | Never. |",
+        "",
+        "**Not in the survey**",
+        *head,
         "| [eke-first](callbacks/eke-first) | Does eke-first \\| well | not measured yet | On `tpu`. |",
         "| [eke-z-last](plugins/eke-z-last) | Does eke-z-last \\| well | half the bytes; twice the time | "
         "Short runs: warm-up takes 2.5 s. |",

@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from eke import registry
+from eke import registry, survey
 from eke.__main__ import main
 
 CORE = Path(__file__).parents[1]
@@ -108,14 +108,11 @@ def line_of(out, name):
 
 def test_a_technique_is_listed_with_version_kind_summary_and_certificate(site, capsys):
     install(site, "shrink", certificate=CERTIFICATE)
-    install(site, "grow")
+    install(site, "grow", does="Makes it larger")  # the record's sentence, where it has one
     code, out, _ = run(capsys, "list")
     assert code == 0
-    assert line_of(out, "shrink") == (
-        "shrink 1.2 callback Does shrink passed 2026-11, torch 2.13.0, lightning 2.6.6: "
-        "single device, ddp; 32-true, bf16-mixed"
-    )
-    assert line_of(out, "grow") == "grow 1.2 callback Does grow none"
+    assert line_of(out, "shrink") == "shrink 1.2 callback Does shrink 2026-11"
+    assert line_of(out, "grow") == "grow 1.2 callback Makes it larger none"
 
 
 def test_what_is_broken_or_twofold_is_shown_as_such_and_hurts_no_other(site, capsys):
@@ -133,12 +130,12 @@ def test_what_is_broken_or_twofold_is_shown_as_such_and_hurts_no_other(site, cap
     assert line_of(out, "same") == "same DUPLICATE: eke-same and other-same both provide it; uninstall one of them"
     assert line_of(out, "halved").startswith("halved 1.2 callback BROKEN: its module eke_halved.entry is not there;")
     assert line_of(out, "gone").startswith("gone 1.2 callback BROKEN: its module eke_gone.entry is not there;")
-    assert line_of(out, "unread") == "unread unreadable"
+    assert line_of(out, "unread") == "unread callback unreadable"
 
 
 def test_nothing_installed_is_said_with_a_way_on(capsys, monkeypatch):
     monkeypatch.setattr(registry, "installed", dict)
-    assert run(capsys, "list")[1] == "No technique is installed. Perhaps: pip install eke-stacking\n"
+    assert run(capsys, "list")[1] == "No technique is installed.\n"
 
 
 def test_listing_imports_neither_torch_nor_lightning_nor_a_technique(site):
@@ -153,7 +150,141 @@ def test_listing_imports_neither_torch_nor_lightning_nor_a_technique(site):
     assert "shrink" in done.stdout
 
 
+def second(site, distribution, name, certificate=None):
+    """A second technique in a distribution that is there, with a module and a certificate of its own."""
+    package = distribution.replace("-", "_")
+    with (site / f"{package}-1.2.dist-info" / "entry_points.txt").open("a") as points:
+        points.write(f"{name} = {package}.{name}\n")
+    (site / package / f"{name}.py").write_text(ENTRY.format(name=name, package=package, fields={"does": f"Is {name}"}))
+    if certificate is not None:
+        (site / package / f"certificate-{name}.json").write_text(json.dumps(certificate))
+
+
+def test_two_techniques_of_one_distribution_each_have_their_own_sentence_and_certificate(site, capsys):
+    install(site, "first", certificate={**CERTIFICATE, "technique": "first"}, does="Is the first")
+    second(site, "eke-first", "other", {**CERTIFICATE, "technique": "other", "date": "2026-10-01"})
+    second(site, "eke-first", "third")
+    out = run(capsys, "list")[1]
+    assert line_of(out, "first") == "first 1.2 callback Is the first 2026-11"
+    assert line_of(out, "other") == "other 1.2 callback Is other 2026-10"
+    assert line_of(out, "third") == "third 1.2 callback Is third none"
+
+
+def test_a_certificate_of_another_technique_counts_for_nothing(site, capsys):
+    install(site, "shrink", certificate={**CERTIFICATE, "technique": "grow"})
+    assert line_of(run(capsys, "list")[1], "shrink") == "shrink 1.2 callback Does shrink none"
+
+
+def test_a_record_that_cannot_be_read_alone_leaves_the_summary(site, capsys):
+    (install(site, "far") / "entry.py").write_text("from . import there\n")
+    assert line_of(run(capsys, "list")[1], "far") == "far 1.2 callback Does far none"
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_no_line_is_longer_than_columns(site, capsys, monkeypatch, width):
+    install(site, "wordy", does="word " * 60, certificate=CERTIFICATE)
+    monkeypatch.setenv("COLUMNS", str(width))
+    for words in (["list"], ["list", "--survey"], ["info", "--effects"], ["info", "wordy"]):
+        out = run(capsys, *words)[1]
+        assert max(map(len, out.splitlines())) <= width or words == ["info", "wordy"], words
+    monkeypatch.delenv("COLUMNS")
+    assert max(map(len, run(capsys, "list")[1].splitlines())) > 300  # a pipe: a line stays a line
+
+
+@pytest.mark.parametrize(
+    ("word", "found"),
+    [
+        ("memory", {"small", "both"}),
+        ("optimizers", {"steps", "both"}),
+        ("Optimizer", {"steps", "both"}),
+        ("2.1", {"steps", "both"}),
+        ("quantized", {"small", "both"}),
+    ],
+)
+def test_a_section_shows_what_belongs_there_and_nothing_else(site, capsys, word, found):
+    install(site, "small", topics=("quantized training",))
+    install(site, "steps", topics=("optimizer",))
+    install(site, "both", topics=("optimizer", "quantized training"))
+    install(site, "neither")
+    own = {"small", "steps", "both", "neither"}
+    code, out, _ = run(capsys, "list", "--section", word)
+    assert code == 0
+    assert {line.split()[0] for line in out.splitlines()} & own == found
+
+
+def test_a_section_that_the_survey_does_not_have_is_answered_with_those_it_has(capsys):
+    code, _, err = run(capsys, "list", "--section", "cooking")
+    assert code == 2
+    assert "the survey has no section 'cooking'. A part of one of these is needed: 2.1 Optimization: optimizer," in err
+
+
+def test_the_survey_is_listed_with_what_serves_each_entry(site, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    install(site, "sign", survey=("lion",))
+    install(site, "sign_too", survey=("lion", "sam"))
+    code, out, _ = run(capsys, "list", "--survey")
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert code == 0
+    assert "[18] Lion lion sign, sign_too" in lines
+    assert "[28] [17] SAM: sharpness-aware minimization (and for ViT) sam sign_too" in lines
+    assert "[26] RigL rigl nothing yet" in lines
+    assert "[50] Adam adam (in torch)" in lines
+    assert all(f"{title}: {topic}" in lines for title, topics in survey.SECTIONS.items() for topic in topics)
+    assert all(entry.key in out for entry in survey.ENTRIES)
+
+
+# eke
+
+
+def test_eke_says_its_version(capsys):
+    from importlib.metadata import version
+
+    assert run(capsys, "--version") == (0, f"eke {version('eke')}\n", "")
+
+
+def test_eke_alone_asks_for_a_command(capsys):
+    code, out, err = run(capsys)
+    assert (code, out) == (2, "")
+    assert err.startswith("eke: a command is needed: list, info, check")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_command_that_loads_torch_says_so_at_a_terminal(site, capsys, monkeypatch, terminal):
+    install(site, "shrink")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr("eke.cli.info.render", lambda name: name)  # torch cannot be loaded twice
+    assert run(capsys, "info", "shrink")[2].count("loading torch") == terminal
+    assert "loading torch" not in run(capsys, "list")[2]
+
+
 # eke info
+
+
+def test_the_words_of_effects_are_told_with_their_definitions(capsys):
+    from eke.spec import IMPOSITIONS, RESOURCES, SEAMS, VERBS
+
+    code, out, _ = run(capsys, "info", "--effects")
+    flat = " ".join(out.split())
+    assert code == 0
+    assert all(f"{word} {definition}" in flat for word, definition in (RESOURCES | VERBS).items())
+    assert all(word in flat for word in (*IMPOSITIONS, *SEAMS))
+
+
+def test_a_name_may_be_written_as_the_folder_writes_it(site, capsys):
+    install(site, "two_words", "eke-two-words")
+    assert run(capsys, "info", "two-words")[1] == run(capsys, "info", "two_words")[1]
+    assert run(capsys, "check", "two-words:every=2")[1] == run(capsys, "check", "two_words:every=2")[1]
+    code, _, err = run(capsys, "check", "two-words", "two_words")
+    assert (code, err) == (2, "eke: 'two_words' is given twice. Give it once.\n")
+
+
+def test_a_name_that_is_nearly_right_is_answered_with_the_right_one(site, capsys):
+    install(site, "shrinking")
+    _, _, err = run(capsys, "info", "shrinkin")
+    assert err == (
+        "eke: no technique named 'shrinkin' is installed. Did you mean shrinking? `eke list` shows those that are.\n"
+    )
 
 
 def test_info_tells_the_record_the_arguments_the_exceptions_and_the_certificate(site, capsys):
@@ -183,6 +314,7 @@ def test_info_tells_the_record_the_arguments_the_exceptions_and_the_certificate(
         "conflicts grow: one undoes the other.",
         "after none",
         "exactness approximate",
+        "tolerates none",
         "",
         "Arguments",
         "every=1 Batches between two counts, 1 or more.",
@@ -207,6 +339,21 @@ def test_info_of_a_technique_that_is_not_there_is_one_line_and_code_2(capsys):
 
 
 # eke check
+
+
+def test_a_value_of_another_type_is_refused_with_the_type_that_is_needed(site, capsys):
+    install(site, "shrink")
+    code, out, _ = run(capsys, "check", "shrink:every=often")
+    assert code == 1
+    assert "REFUSED: shrink: every='often' is a str; int is needed." in out
+
+
+def test_an_error_of_a_constructor_is_a_sentence_with_technique_and_argument(site, capsys):
+    home = install(site, "odd")
+    (home / "callback.py").write_text((home / "callback.py").read_text().replace("every: int = 1", "every=1"))
+    code, out, _ = run(capsys, "check", "odd:every=often")
+    assert code == 1
+    assert "REFUSED: odd: '<' not supported between instances of 'str' and 'int' It was given every='often'." in out
 
 
 def test_words_are_put_into_the_order_in_which_they_act(site, capsys):
@@ -237,11 +384,12 @@ def test_every_reason_to_refuse_is_named_and_the_code_is_1(site, capsys):
 
 
 def test_a_circle_is_refused_once(site, capsys):
-    install(site, "one", effects=("changes weights", "reads loss"))
-    install(site, "two", effects=("changes loss", "reads weights"))
+    install(site, "one", effects=("changes batch subset", "reads loss"))
+    install(site, "two", effects=("changes loss", "reads batch subset"))
     code, out, _ = run(capsys, "check", "one", "two")
     assert code == 1
-    assert out.count("REFUSED: one, two each have to act before another one of them.") == out.count("REFUSED") == 1
+    assert "one, two each have to act before another one of them in around_step." in out
+    assert out.count("REFUSED") == 1
 
 
 def test_a_recipe_file_is_checked_like_words(site, tmp_path, capsys):

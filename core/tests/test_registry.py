@@ -145,12 +145,41 @@ def test_entry_points_that_cannot_be_read_hurt_no_other(install, content):
     assert eke.get("good").name == "good"
 
 
-def test_an_unknown_name_gets_the_installed_ones_and_the_install_command(install):
-    install("eke-good", "good", source("good"))
-    with pytest.raises(
-        eke.EkeError, match="no technique named 'no_such' is installed. Installed: .*good.* pip install eke-no-such"
-    ):
-        eke.get("no_such")
+def test_an_unknown_name_gets_those_that_are_like_it_and_no_invitation_to_install_it(install):
+    install("eke-good-one", "good_one", source("good_one"))
+    with pytest.raises(eke.EkeError, match="no technique named 'good_onne' is .* mean good_one. `eke list`"):
+        eke.get("good-onne")
+    with pytest.raises(eke.EkeError) as caught:
+        eke.get("zzzzzz")
+    assert str(caught.value) == "no technique named 'zzzzzz' is installed. `eke list` shows those that are."
+
+
+def test_a_name_may_have_hyphens(install):
+    install("eke-good-one", "good_one", source("good_one"))
+    assert eke.get("good-one") == eke.get("good_one")
+    assert eke.create("good-one", a=1) == {"a": 1}
+
+
+def test_an_argument_of_another_type_is_refused_before_it_is_built(install):
+    install("eke-typed", "typed", source("typed", "make") + "\n\ndef make(count: int): raise AssertionError\n")
+    with pytest.raises(eke.EkeError, match="typed: count='three' is a str; int is needed."):
+        eke.create("typed", count="three")
+
+
+def test_a_record_is_read_without_running_the_package_around_it(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / "eke_heavy"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise AssertionError('run')\n")
+    (package / "entry.py").write_text(source("heavy", does="Is heavy"))
+    info = tmp_path / "eke_heavy-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: eke-heavy\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[eke]\nheavy = eke_heavy.entry\n")
+    importlib.invalidate_caches()
+    assert registry.peek(eke.available()["heavy"]).does == "Is heavy"
+    (package / "entry.py").write_text("import a_library_that_is_not_there\n")
+    assert registry.peek(eke.available()["heavy"]) is None
 
 
 def test_an_argument_that_the_technique_does_not_take_is_named_with_those_it_takes(install):

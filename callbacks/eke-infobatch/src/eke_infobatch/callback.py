@@ -1,4 +1,4 @@
-"""InfoBatch: each epoch leaves out some of the samples whose loss is below the mean, and weighs up the others of them.
+"""InfoBatch: each epoch leaves out some of the samples whose loss is below the mean, and re-weights the others.
 
 Source: Qin, Wang, Zheng, Gu, Peng, Xu, Zhou, Shang, Sun, Xie, You, "InfoBatch: Lossless Training Speed Up by Unbiased
 Dynamic Data Pruning", ICLR 2024, https://arxiv.org/abs/2303.04947, section 2. Survey section 2.2.

@@ -30,7 +30,7 @@ def effects() -> str:
     parts = {
         "An effect is a verb and a resource. Verbs": spec.VERBS,
         "Resources, in the order in which a run meets them": spec.RESOURCES,
-        "What a strategy imposes, and who touches the resources in brackets has to tolerate": {
+        "What a strategy imposes; who touches what stands in brackets has to tolerate it": {
             word: f"{definition} ({', '.join(resources)})" for word, (definition, resources) in spec.IMPOSITIONS.items()
         },
         "Where resources are settled: methods of a technique": {

@@ -294,7 +294,18 @@ class _Watch(Callback):
         return self  # a technique that copies the model is watched no further
 
 
-_SETTINGS = ("betas", "eps", "weight_decay", "momentum", "dampening", "nesterov", "amsgrad", "maximize")
+_SETTINGS = (
+    "betas",
+    "eps",
+    "weight_decay",
+    "momentum",
+    "dampening",
+    "nesterov",
+    "amsgrad",
+    "maximize",
+    "fused",
+    "foreach",
+)
 
 
 class _AttentionCalls(TorchFunctionMode):

@@ -7,6 +7,7 @@ RECORD = Technique(
     kind="{{ cookiecutter.kind }}",
     factory="{{ cookiecutter.__module }}:{{ cookiecutter.class_name }}",
     paper="{{ cookiecutter.paper }}",
+    does="{{ cookiecutter.summary }}",
 {%- if cookiecutter.kind == "callback" %}
     effects=("changes gradients",),
     exactness="model-changing",
