@@ -238,3 +238,11 @@ def test_a_path_serves_a_compiled_model_and_a_plain_one():
     assert find_blocks(compiled, "net.blocks").modules == find_blocks(compiled).modules
     assert len(find_blocks(nn.ModuleDict({"net": Vit()}), "net._orig_mod.blocks")) == 3
     assert issubclass(BlocksError, EkeError)
+
+
+def test_a_list_of_which_some_blocks_are_compiled_is_one_list():
+    model = Vit(depth=4)
+    model.blocks[1] = torch.compile(model.blocks[1])
+    found = find_blocks(model)
+    assert (found.path, len(found), found.alike, found.extra) == ("blocks", 4, True, {})
+    assert [blocks.path for blocks in find_all_blocks(model)] == ["blocks"]

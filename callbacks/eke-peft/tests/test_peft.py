@@ -969,7 +969,7 @@ class Compiled(TinyBlocks):
 
 @pytest.mark.parametrize(("writes", "reads"), [(Compiled, Compiled), (Compiled, TinyBlocks), (TinyBlocks, Compiled)])
 def test_a_compiled_part_is_no_other_base_and_its_checkpoint_loads(tmp_path, writes, reads):
-    make = lambda: PEFT(settings={"r": 4}, train=["head.*"], blocks="blocks")  # noqa: E731
+    make = lambda: PEFT(settings={"r": 4}, train=["head.*"])  # noqa: E731
     first = fit(writes(), make(), epochs=1)
     first.trainer.save_checkpoint(tmp_path / "half.ckpt")
     resumed = fit(reads(), make(), epochs=2, ckpt=tmp_path / "half.ckpt")

@@ -10,6 +10,7 @@ import torch
 from eke import strategies
 from eke.seams import interceptor
 from eke.seams.blocks import find_blocks
+from eke.seams.names import plain_keys
 from eke.testing import (
     LAYERS,
     TinyBlocks,
@@ -573,3 +574,58 @@ def test_shares_of_a_run_without_an_end_are_refused():
 
     with pytest.raises(MisconfigurationException, match="Give stages in optimizer steps, or Trainer"):
         fit(TinyBlocks(), Stacking([0.5]), epochs=-1)
+
+
+# Compiled parts
+
+
+class Inner(torch.nn.Module):
+    """The model itself, compiled inside of the module that trains it."""
+
+    def __init__(self, of):
+        super().__init__()
+        self.blocks, self.ends = of.blocks, nn.ModuleList([of.embed, of.norm, of.head])
+
+    def forward(self, x):
+        x = self.ends[0](x)
+        for block in self.blocks:
+            x = block(x)
+        return self.ends[2](self.ends[1](x))
+
+
+class Around(TinyBlocks):
+    compiles = False
+
+    def make(self, dropout, layers):
+        super().make(dropout, layers)
+        inner = Inner(self)
+        del self.embed, self.blocks, self.norm, self.head, self.position
+        self.net = torch.compile(inner, backend="eager") if self.compiles else inner
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class AroundCompiled(Around):
+    compiles = True
+
+
+class SomeCompiled(TinyBlocks):
+    def make(self, dropout, layers):
+        super().make(dropout, layers)
+        self.blocks[1] = torch.compile(self.blocks[1], backend="eager")
+
+
+@FORMS
+@pytest.mark.parametrize(("compiled", "plain"), [(AroundCompiled, Around), (SomeCompiled, TinyBlocks)])
+def test_compiled_parts_grow_as_plain_ones_do(compiled, plain, form):
+    weights = [fit(kind(), Stacking([5], form=form)).model.state_dict() for kind in (compiled, plain)]
+    assert_same(plain_keys(weights[0]), weights[1], "weights of the compiled model and of the plain one")
+
+
+@FORMS
+def test_a_checkpoint_of_a_compiled_model_says_depth_by_plain_names(form, tmp_path):
+    run = fit(AroundCompiled(), Stacking([100], form=form))
+    run.trainer.save_checkpoint(tmp_path / "x.ckpt")
+    saved = torch.load(tmp_path / "x.ckpt", weights_only=False)
+    assert saved["eke"]["techniques"]["stacking"]["manifest"]["path"] == "net.blocks"

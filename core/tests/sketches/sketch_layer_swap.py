@@ -1,7 +1,7 @@
 """A layer swap: linear layers multiply by weights rounded to 8 bits a row; gradients pass the rounding by."""
 
 from eke import Technique, TechniqueCallback
-from eke.seams.layers import find_layers, restore, swap
+from eke.seams.layers import Transposed, find_layers, is_conv1d, restore, swap
 from torch import nn
 
 
@@ -12,7 +12,9 @@ class Rounded(nn.Linear):
         return nn.functional.linear(x, self.weight + (rounded - self.weight).detach(), self.bias)
 
 
-def rounded(layer: nn.Linear) -> nn.Linear:
+def rounded(layer):
+    if is_conv1d(layer):  # GPT-2's
+        return Transposed(layer, rounded)
     twin = Rounded(layer.in_features, layer.out_features, layer.bias is not None, "meta")
     twin.weight, twin.bias = layer.weight, layer.bias
     return twin
@@ -27,6 +29,5 @@ class RoundWeights(TechniqueCallback):
     )
 
     def alter_model(self, run):
-        layers = find_layers(run.module, [nn.Linear], "*mlp*")
-        swap(run.module, layers, rounded, run.name)
+        swap(run.module, find_layers(run.module), rounded, run.name)
         run.at_end(lambda: restore(run.module, run.name))

@@ -16,6 +16,7 @@ import torch
 from eke import Run, Technique, TechniqueCallback, compat
 from eke.seams import growth, interceptor
 from eke.seams.blocks import Blocks, find_blocks
+from eke.seams.names import plain
 from eke.seams.optimizer import transplant
 from eke.seams.wrapped import forget_state
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -191,7 +192,7 @@ class Stacking(TechniqueCallback):
         return container is not None and any(module is container for module in pl_module.modules())
 
     def _meet(self, found: Blocks) -> None:
-        self._container, self._full, self._path = weakref.ref(found.container), list(found.modules), found.path
+        self._container, self._full, self._path = weakref.ref(found.container), list(found.modules), plain(found.path)
 
     def _steps_of(self, total: float) -> list[int]:
         if not isfinite(total):

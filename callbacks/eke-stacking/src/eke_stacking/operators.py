@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from eke.seams.anatomy import AnatomyError, Map, anatomy, attention_sites
 from eke.seams.blocks import Blocks
+from eke.seams.names import at
 from torch import Tensor, nn
 
 OPERATORS = ("stack", "interleave", "identity", "random")
@@ -171,5 +172,6 @@ def replace_modules(container: nn.Module, modules: Sequence[nn.Module]) -> None:
 
 
 def _layer_type(block: nn.Module) -> tuple[object, ...]:
-    names = ("attention_type", "layer_type", "is_sliding", "sliding_window")
-    return tuple(getattr(module, name, None) for module in block.modules() for name in names)
+    words = ("attention_type", "layer_type", "is_sliding", "sliding_window")
+    said = [getattr(module, word, None) for module in at(block, "").modules() for word in words]
+    return tuple(word for word in said if word is not None)

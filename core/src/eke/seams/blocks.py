@@ -73,9 +73,9 @@ class Blocks:
     @property
     def extra(self) -> dict[int, tuple[str, ...]]:
         """Of blocks that hold more than the others, names of those parameters. Empty where :attr:`alike`."""
-        named = [{name for name, _ in block.named_parameters(remove_duplicate=False)} for block in self.modules]
-        common = set.intersection(*named) if named else set()
-        return {i: tuple(sorted(names - common)) for i, names in enumerate(named) if names - common}
+        own = [set(names.plain_keys(dict(block.named_parameters(remove_duplicate=False)))) for block in self.modules]
+        common = set.intersection(*own) if own else set()
+        return {i: tuple(sorted(has - common)) for i, has in enumerate(own) if has - common}
 
 
 @dataclass(frozen=True)
@@ -226,12 +226,15 @@ def _is_list(module: nn.Module) -> bool:
 
 
 def _class(block: nn.Module) -> tuple[str, str]:
-    """By name: an interceptor, or FSDP2, has put a class of its own on some of the blocks, under the same name."""
+    """By name: an interceptor, or FSDP2, has put a class of its own on some of the blocks, under the same name. That of
+    a compiled block is the class that it compiles."""
+    block = names.at(block, "")
     return type(block).__module__, type(block).__qualname__
 
 
 def _kind(block: nn.Module) -> tuple[tuple[str, str], tuple[object, ...]]:
-    shapes = tuple((name, tuple(p.shape), p.dtype) for name, p in block.named_parameters(remove_duplicate=False))
+    named = names.plain_keys(dict(block.named_parameters(remove_duplicate=False)))
+    shapes = tuple((name, tuple(p.shape), p.dtype) for name, p in named.items())
     return _class(block), shapes
 
 
@@ -243,6 +246,7 @@ def _nearly_alike(blocks: Sequence[nn.Module]) -> bool:
     counts: Counter[str] = Counter()
     for block in blocks:
         for name, parameter in block.named_parameters(remove_duplicate=False):
+            name = names.plain(name)
             shapes.setdefault(name, set()).add(tuple(parameter.shape))
             counts[name] += 1
     common = [name for name, count in counts.items() if count == len(blocks)]
@@ -289,7 +293,8 @@ def _list(lists: list[tuple[str, nn.Module]]) -> str:
 
 
 def _content(container: nn.Module) -> str:
-    classes = [(name, len(list(group))) for name, group in groupby(type(block).__name__ for block in container)]
+    kinds = [type(names.at(block, "")).__name__ for block in container]
+    classes = [(name, len(list(group))) for name, group in groupby(kinds)]
     text = ", ".join(f"{count} {name}" for name, count in classes) or "empty"
     unlike = len({name for name, _ in classes}) == 1 and _kinds(container) > 1
     return f"{text}, not of one shape" if unlike else text
