@@ -259,6 +259,37 @@ def test_all_processes_have_the_mean_over_their_batches_and_go_on_as_without():
     torch.testing.assert_close(first[1], wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_the_loss_is_the_users_own_and_not_what_techniques_make_of_it():
+    class Doubles(Draws2):
+        def around_step(self, run, call_next, batch, *args):
+            return 2 * call_next(batch, *args)
+
+    doubled, plain = Calibrates(evaluate=True), Calibrates(evaluate=True)
+    run(Doubles(), doubled), run(Draws2(), plain)
+    assert_same(plain.gradients, doubled.gradients, "gradients beside a technique that changes the loss")
+
+
+def test_the_reducer_of_ddp_sees_nothing_of_the_pass():
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    class Counts(Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.reduced = 0
+            trainer.strategy.model.register_comm_hook(None, self.count)
+            gradients(trainer, pl_module, sample_batches(trainer, 2))
+            self.by_calibration = self.reduced
+
+        def count(self, state, bucket):
+            self.reduced += 1
+            return allreduce_hook(state, bucket)
+
+    def one(rank):
+        fit(TinyBlocks(), Draws2(), world=2, callbacks=[counts := Counts()])
+        return counts.by_calibration, counts.reduced > 0
+
+    assert run_ranks(one) == [(0, True), (0, True)]
+
+
 def test_what_cannot_be_had_is_refused_in_words():
     class Early(Callback):
         def setup(self, trainer, pl_module, stage):
