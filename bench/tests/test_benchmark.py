@@ -154,6 +154,24 @@ def test_better_than_the_whole_curve_is_a_bound_and_no_extrapolation():
     assert tables._bound(row["cost_at_quality"]) == "< 1.00"
 
 
+@pytest.mark.parametrize("unknown", [1, 3])
+def test_a_cost_that_is_not_known_is_left_out_and_said_where_none_is(unknown):
+    class Holes(Imagined):
+        def result(self, run):
+            found = super().result(run)
+            if run.recipe and run.seed < unknown:
+                found["costs"]["normalized_cost"] = None
+            return found
+
+    found = conclude(Holes(step=0.5, smaller=-1.0))
+    if unknown == 3:
+        assert found["verdict"].startswith("not comparable: too few of its steps of each kind were timed")
+        assert tables.grid(found, tables.COSTS)
+    else:
+        assert found["rows"]["quick"]["normalized_cost"] == 12
+        assert len(found["rows"]["quick"]["gain_at_cost"]) == 2
+
+
 def test_a_failed_technique_is_a_hole_with_its_reason():
     found = conclude(Imagined(failing=["quick"]))
     assert found["rows"]["quick"]["status"] == "failed"

@@ -8,7 +8,6 @@ import sys
 from eke.seams.interceptor import Select
 from eke_bench import Benchmark, Timing, main_of
 from eke_bench.steps import intercepted, language_model, untouched
-from eke_random_ltd import RandomLTD
 from eke_random_ltd.callback import Choose, Side
 
 
@@ -17,11 +16,8 @@ def steps(size):
     model, batch = language_model(size, blocks=6, workload="gpt-long")
 
     def on(share):
-        technique = RandomLTD(share, duration=2)
-        technique._steps = 2
-
         def select(number, block):
-            choose = Choose(technique, 0, number)
+            choose = Choose(0.0, share, 8, seed=number)
             return [Select(choose, Side(block, choose))] if 0 < number < len(model.blocks) - 1 else []
 
         return select

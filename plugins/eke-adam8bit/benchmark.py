@@ -130,16 +130,11 @@ def headline(summary: Mapping[str, Any]) -> str:
     return f"{text} (bitsandbytes: {other['ratio'][0]:.0f})" if other else text
 
 
+OVER_GPT = Timing("adam8bit", "step over a GPT", gpt, facts, rounds=60, headline=headline)
+OVER_ONE = Timing("adam8bit", "step over one tensor", one_tensor, facts, rounds=60)
+RUNS = Benchmark(
+    "adam8bit", {"adam8bit": {"adam8bit": {}}}, claim="less memory", subjects={"bitsandbytes": "bitsandbytes"}
+)
+
 if __name__ == "__main__":
-    sys.exit(
-        main_of(
-            Timing("adam8bit", "step over a GPT", gpt, facts, rounds=60, headline=headline),
-            Timing("adam8bit", "step over one tensor", one_tensor, facts, rounds=60),
-            Benchmark(
-                "adam8bit",
-                {"adam8bit": {"adam8bit": {}}},
-                claim="less memory",
-                subjects={"bitsandbytes": "bitsandbytes"},
-            ),
-        )
-    )
+    sys.exit(main_of(OVER_GPT, OVER_ONE, RUNS))

@@ -114,5 +114,7 @@ def headline(summary: Mapping[str, Any]) -> str:
     )
 
 
+STEP = Timing("attention", "step at length 1024", steps, facts, rounds=15, headline=headline)
+
 if __name__ == "__main__":
-    sys.exit(main_of(Timing("attention", "step at length 1024", steps, facts, rounds=15, headline=headline)))
+    sys.exit(main_of(STEP))

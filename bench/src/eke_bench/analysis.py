@@ -128,11 +128,13 @@ def _compare(row: dict[str, Any], runs: list[Any], results: Mapping[str, list[An
         return
     costs, gains = [], []
     for number, run in enumerate(runs):
+        mine = run["costs"]["normalized_cost"]
+        if mine is None:  # too many of its steps were of a kind that was not timed
+            continue
         points = [results[label][number] for label in PLAIN if label in results]
         curve = [(cost, quality(one)) for one in points if one["status"] == "ok" and (cost := normalized_cost([one]))]
         if not curve:
             continue
-        mine = run["costs"]["normalized_cost"]
         needed = cost_of_quality(curve, quality(run))
         costs.append([mine / needed.value, mine / needed.high if needed.high else 0.0, _over(mine, needed.low)])
         reached = quality_at_cost(curve, mine)
@@ -158,6 +160,8 @@ def _middle_bound(costs: list[list[float]]) -> list[float]:
 
 def _changed_verdict(row: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
     """One of: pays; a smaller model pays more; no significant difference; does not pay; not comparable."""
+    if row["normalized_cost"] is None:
+        return "not comparable: too few of its steps of each kind were timed to know its cost"
     if "gain_interval" not in row:
         return "not comparable: its cost lies beyond the baseline's three budgets"
     if not row["gain_significant"]:

@@ -178,9 +178,10 @@ def quality(result: Mapping[str, Any]) -> float:
 
 
 def normalized_cost(results: list[Mapping[str, Any]]) -> float | None:
-    """Median cost in reference steps, of the runs that came to an end."""
+    """Median cost in reference steps, of the runs of which it is known; None if it is known of none."""
     costs = [one["costs"]["normalized_cost"] for one in results if one["status"] == "ok"]
-    return statistics.median(costs) if costs else None
+    known = [cost for cost in costs if cost is not None]
+    return statistics.median(known) if known else None
 
 
 def whole(steps: float, evaluations: int) -> int:
