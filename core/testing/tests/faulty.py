@@ -377,3 +377,42 @@ def _write(model: nn.Module, values: list[torch.Tensor]) -> None:
     with torch.no_grad():
         for weight, value in zip(model.parameters(), values, strict=True):
             weight.copy_(value)
+
+
+class KeepsTheStateOfOneProcess(GradientNoise):
+    """Weighs each process's loss by how far that process has counted, and saves the first one's count alone."""
+
+    count = 0.0
+
+    def around_step(self, run: Any, call_next: Any, batch: Any, *args: Any) -> Any:
+        if self.scale == 0:
+            return call_next(batch, *args)
+        if run.first_pass:
+            self.count += 0.1 * (1 + run.rank)
+        return call_next(batch, *args) / (1 + self.count)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.count = state["count"]
+
+
+class CountsPasses(GradientNoise):
+    """Weighs a loss by how often it was called, which a second pass over the same batch makes twice as often."""
+
+    calls = 0
+
+    def around_step(self, run: Any, call_next: Any, batch: Any, *args: Any) -> Any:
+        if self.scale == 0:
+            return call_next(batch, *args)
+        self.calls += 1
+        return call_next(batch, *args) / self.calls
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "calls": self.calls}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.calls = state["calls"]

@@ -21,6 +21,8 @@ CHECKS = {
     "clipping": checks.clips_gradients,
     "compile": checks.compiles,
     "two processes": checks.ranks_equal_one_process,
+    "two processes resume": lambda subject: checks.ranks_resume(subject, after_batches=5, accumulate_grad_batches=2),
+    "second pass": checks.sees_one_step_beside_a_second_pass,
     "fails in training": lambda subject: checks.fails_cleanly(subject, "training_step"),
     "fails in validation": lambda subject: checks.fails_cleanly(subject, "validation_step"),
     "copies": checks.pickles_and_copies,
@@ -63,6 +65,13 @@ FAULTS = [
     (faulty.HooksInMidRun, "compile", "without torch.compile, then with it", set()),
     (faulty.SetsTheRateSecretly, "record", "the learning rate changed", set()),
     (faulty.TakesItsTime, "cost", r"\d+ Python calls a step more", set()),
+    (
+        faulty.KeepsTheStateOfOneProcess,
+        "two processes resume",
+        "state of rank 1 in an unbroken run",
+        {"two processes", "big batch"},
+    ),
+    (faulty.CountsPasses, "second pass", "each step has a second pass", {"big batch"}),
     (faulty.TakesAnything, "command line", "does not build it", set()),
 ]
 

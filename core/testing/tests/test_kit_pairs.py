@@ -117,12 +117,17 @@ def test_groups_hold_every_pair_and_none_that_does_not_fit():
 
 
 def test_two_share_what_one_of_them_writes():
-    reads, writes, other = (
+    reads, too, writes, other = (
         Technique(name=name, kind="callback", effects=(effect,))
-        for name, effect in (("a", "reads loss"), ("b", "changes loss"), ("c", "changes batch content"))
+        for name, effect in (
+            ("a", "reads loss"),
+            ("e", "reads loss"),
+            ("b", "changes loss"),
+            ("c", "changes batch content"),
+        )
     )
     assert share(reads, writes)
     assert share(writes, reads)
-    assert not share(reads, reads)
+    assert not share(reads, too)
     assert not share(writes, other)
     assert share(other, Technique(name="d", kind="callback", conflicts={"c": "they have no meaning together."}))

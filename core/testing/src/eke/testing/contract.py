@@ -127,6 +127,9 @@ class CallbackContract:
     def test_two_processes_equal_one(self) -> None:
         checks.ranks_equal_one_process(self.subject())
 
+    def test_two_processes_resume_to_the_same_bits(self) -> None:
+        checks.ranks_resume(self.subject(), after_batches=self.cuts[-1])
+
     @pytest.mark.parametrize("where", ["training_step", "validation_step", "configure_optimizers", "on_fit_start"])
     def test_it_fails_cleanly(self, where: str) -> None:
         checks.fails_cleanly(self.subject(), where)
@@ -220,3 +223,10 @@ class TechniqueContract(CallbackContract):
     def test_a_run_killed_within_an_accumulation_window_resumes_to_the_same_bits(self) -> None:
         subject = self.subject(steps=2 * self.steps)
         checks.resumes(subject, after_batches=2 * self.cuts[0] + 1, accumulate_grad_batches=2, **self.resuming)
+
+    def test_beside_a_second_pass_it_sees_one_step(self) -> None:
+        checks.sees_one_step_beside_a_second_pass(self.subject())
+
+    def test_two_processes_that_resume_within_an_accumulation_window_are_in_one_state(self) -> None:
+        subject = self.subject(steps=2 * self.steps)
+        checks.ranks_resume(subject, after_batches=2 * self.cuts[0] + 1, accumulate_grad_batches=2)

@@ -12,7 +12,13 @@ from eke.testing.checks.leaving import (
     leaves_the_model_as_it_was,
     leaves_the_random_state_alone,
 )
-from eke.testing.checks.resuming import comparable, loads_without_it, resumes, weights_only_checkpoint_loads
+from eke.testing.checks.resuming import (
+    comparable,
+    loads_without_it,
+    ranks_resume,
+    resumes,
+    weights_only_checkpoint_loads,
+)
 from eke.testing.checks.subject import Subject
 from eke.testing.checks.training import (
     accumulation_equals_the_big_batch,
@@ -21,6 +27,7 @@ from eke.testing.checks.training import (
     loss_falls,
     ranks_agree,
     ranks_equal_one_process,
+    sees_one_step_beside_a_second_pass,
     trains,
     trains_in_bf16,
     trains_or_refuses,
@@ -47,7 +54,9 @@ __all__ = [
     "pickles_and_copies",
     "ranks_agree",
     "ranks_equal_one_process",
+    "ranks_resume",
     "resumes",
+    "sees_one_step_beside_a_second_pass",
     "trains",
     "trains_in_bf16",
     "trains_or_refuses",

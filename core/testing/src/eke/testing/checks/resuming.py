@@ -11,6 +11,7 @@ from eke.testing import run
 from eke.testing.checks.common import REFUSALS, some
 from eke.testing.checks.subject import Subject
 from eke.testing.compare import assert_same
+from eke.testing.ranks import run_ranks
 
 
 def resumes(
@@ -53,6 +54,36 @@ def resumes(
     )
     pair = [comparable(state, random, left) for state in (unbroken, resumed)]
     assert_same(*pair, "state of the unbroken run, then of the resumed one")
+
+
+def ranks_resume(subject: Subject, *, after_batches: int, **options: Any) -> None:
+    """Two processes that resume are in one state, and in the state of two that never stopped, each of its own.
+
+    A checkpoint is one process's file: what the others had drawn, chosen and counted has to be in it too.
+
+    Args:
+        subject: What is checked.
+        after_batches: When the checkpoint is written, in passing; may be within an accumulation window.
+        options: For :func:`eke.testing.fit`.
+    """
+
+    def one_of_two(rank: int, **more: Any) -> dict[str, Any]:
+        return subject.fit(subject.model(seed=more.get("seed", 0)), subject.build(), world=2, **options, **more).state
+
+    with tempfile.TemporaryDirectory() as folder:
+        ckpt = Path(folder, "cut.ckpt")
+        whole = run_ranks(lambda rank: one_of_two(rank, callbacks=[run.SaveAfter(ckpt, after_batches)]))
+        assert ckpt.exists(), "the run ended before its checkpoint was written."
+        rest = run_ranks(lambda rank: one_of_two(rank, ckpt=ckpt, seed=1))
+    for part in ("weights", "optimizers"):
+        assert_same(rest[0][part], rest[1][part], f"{part} of rank 0, then of rank 1, both resumed")
+    for rank, (before, after) in enumerate(zip(whole, rest, strict=True)):
+        left = list(after["steps"])
+        assert left, f"rank {rank} trained no batch after it resumed"
+        pair = [comparable(state, False, left) for state in (before, after)]
+        for one in pair:
+            one.pop("saved", None)  # of the first rank alone
+        assert_same(*pair, f"state of rank {rank} in an unbroken run, then in a resumed one")
 
 
 def comparable(state: dict[str, Any], random: bool, steps: list[str]) -> dict[str, Any]:

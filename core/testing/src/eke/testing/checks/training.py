@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fnmatch import fnmatch
 from typing import Any
 
 import torch
+from eke import Technique
+from eke.technique import TechniqueCallback
 from eke.testing import run
-from eke.testing.checks.common import REFUSALS, equal, finite_losses, learning_rates, some
+from eke.testing.checks.common import REFUSALS, assert_same_weights, equal, finite_losses, learning_rates, some
 from eke.testing.checks.subject import Subject
 from eke.testing.compare import assert_same, copied
 from eke.testing.data import BATCH
@@ -77,7 +80,8 @@ def accumulation_equals_the_big_batch(subject: Subject) -> None:
     rates = [learning_rates(done.state) for done in (small, large)]
     assert_same(*rates, "learning rates under accumulation, then with the big batch")
     weights = [done.state["weights"] for done in (small, large)]
-    assert_same(*weights, "weights under accumulation, then with the big batch", subject.tolerance)
+    what = "weights under accumulation, then with the big batch"
+    assert_same_weights(subject.model, *weights, what, subject.tolerance)
 
 
 def compiles(subject: Subject) -> None:
@@ -90,14 +94,17 @@ def compiles(subject: Subject) -> None:
         ]
 
     plain, compiled = run_alone(lambda: weights(None)), run_alone(lambda: weights("aot_eager"))
-    assert_same(plain, compiled, "weights without torch.compile, then with it", subject.tolerance)
+    assert_same_weights(
+        subject.model, plain, compiled, "weights without torch.compile, then with it", subject.tolerance
+    )
 
 
 def ranks_equal_one_process(subject: Subject) -> None:
     """Two gloo processes under DDP end in the same state as each other, and near one process with twice the batch."""
     first = ranks_agree(subject)
     alone = run_alone(lambda: subject.fit(subject.model(), subject.build(), batch=2 * BATCH).state)
-    assert_same(alone["weights"], first["weights"], "weights of one process, then of two", subject.tolerance)
+    what = "weights of one process, then of two"
+    assert_same_weights(subject.model, alone["weights"], first["weights"], what, subject.tolerance)
     assert_same(learning_rates(alone), learning_rates(first), "learning rates of one process, then of two")
 
 
@@ -110,6 +117,37 @@ def ranks_agree(subject: Subject) -> dict[str, Any]:
         traces = [{name: step.get(part) for name, step in state["steps"].items()} for state in (first, second)]
         assert_same(*traces, f"{part} of rank 0, then of rank 1")
     return first
+
+
+def sees_one_step_beside_a_second_pass(subject: Subject) -> None:
+    """Beside a method that computes each gradient twice, at the same weights, a run is what it is without: in both
+    passes it does the same, and what it counts and draws goes on by one step."""
+
+    def state(*others: object) -> dict[str, Any]:
+        whole = subject.fit(subject.model(dropout=0.1), subject.build(), *others).state
+        return {part: whole[part] for part in ("weights", "steps", "optimizers", "random")}
+
+    without = run_alone(state)
+    beside = run_alone(lambda: _unless_refused(lambda: state(SecondPass())))
+    if beside is not None:
+        assert_same(without, beside, "state of a run, then of one in which each step has a second pass")
+
+
+def _unless_refused(work: Callable[[], Any]) -> Any:
+    try:
+        return work()
+    except REFUSALS:
+        return None
+
+
+class SecondPass(TechniqueCallback):
+    """A two-pass method without an idea: its second pass is at the weights of the first."""
+
+    technique = Technique(name="second_pass", kind="callback", effects=("changes gradients",))
+    passes = 2
+
+    def before_optimizer_step(self, run: Any, optimizer: Any) -> None:
+        run.second_pass()
 
 
 class _FirstStep(Callback):
