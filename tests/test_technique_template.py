@@ -77,14 +77,10 @@ def test_it_has_every_file_of_a_technique_and_no_leftover(baked):
     }
     package = "src/eke_first_try"
     assert files == {
-        "CHANGELOG.md",
-        "LICENSE",
         "README.md",
         "benchmark.py",
         "pyproject.toml",
         f"{package}/__init__.py",
-        f"{package}/entry.py",
-        f"{package}/py.typed",
         f"{package}/{kind}.py",
         "tests/test_first_try.py",
     }

@@ -73,16 +73,18 @@ def peek(entry: EntryPoint) -> Technique | None:
     if _manager.has_plugin(entry.name):
         return get(entry.name)
     file = module_file(entry)
-    return None if file is None else read_record(file)
+    if file is None or (entry.attr and not entry.attr.isupper()):  # a class, whose file imports torch
+        return None
+    return read_record(file, entry.attr)
 
 
-def read_record(file: Path) -> Technique | None:
-    """The record that a file returns from its hook; None where it has none, or imports what it cannot find."""
+def read_record(file: Path, name: str = "") -> Technique | None:
+    """The record of that name in a file, or the one that its hook returns; None where it has none, or does not run."""
     spec = spec_from_file_location(f"eke_record_{file.parent.name}_{file.stem}", file)
     module = module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        record = module.eke_technique()
+        record = getattr(module, name) if name else module.eke_technique()
     except Exception:  # whatever is wrong with it: `eke.get` says what
         return None
     return record if isinstance(record, Technique) else None
@@ -196,7 +198,7 @@ def _load(name: str) -> None:
     (entry,) = claims
     where = f"{_distribution(entry)} {field(entry, 'Version')}".strip()
     try:
-        _manager.register(entry.load(), name=name)
+        _manager.register(_plugin(entry.load()), name=name)
         _manager.check_pending()  # a hook under a misspelt name would otherwise go unseen
         records = _manager.subset_hook_caller("eke_technique", _all_but(name))()
         if len(records) != 1 or not isinstance(records[0], Technique) or records[0].name != name:
@@ -206,6 +208,23 @@ def _load(name: str) -> None:
         if _manager.has_plugin(name):
             _manager.unregister(name=name)
         raise EkeError(f"{where} is installed but does not load: {error}") from error
+
+
+def _plugin(loaded: Any) -> Any:
+    """What an entry point names, as pluggy takes it: a module with the hook, a record, or a class that has one."""
+    record = loaded if isinstance(loaded, Technique) else vars(loaded).get("technique")
+    return _Gives(record) if isinstance(record, Technique) else loaded
+
+
+class _Gives:
+    """A plugin of one record."""
+
+    def __init__(self, record: Technique) -> None:
+        self.record = record
+
+    @spec.hookimpl
+    def eke_technique(self) -> Technique:
+        return self.record
 
 
 def _all_but(name: str) -> list[object]:

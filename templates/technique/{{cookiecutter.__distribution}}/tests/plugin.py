@@ -29,9 +29,10 @@ def test_every_group_of_the_run_is_fused():
 
 def test_an_optimizer_without_a_fused_kernel_is_named_and_left_alone():
     optimizer = torch.optim.RMSprop([nn.Parameter(torch.ones(2))])
+    technique = {{ cookiecutter.class_name }}()
+    run = eke.Run(technique, None, TinyBlocks())
     with pytest.warns(eke.NoEffectWarning, match="RMSprop has no fused kernel"):
-        technique = {{ cookiecutter.class_name }}()
-        assert technique.alter_optimizer(eke.Run(technique, None, None), optimizer) is optimizer
+        assert technique.alter_optimizer(run, optimizer) is optimizer
     assert "fused" not in optimizer.param_groups[0]
 
 

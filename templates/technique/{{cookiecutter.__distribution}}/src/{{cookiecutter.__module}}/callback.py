@@ -10,12 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from eke import TechniqueCallback
-from lightning.pytorch import LightningModule, Trainer
+from eke import Run, Technique, TechniqueCallback
 from torch import nn
 from torch.optim import Optimizer
-
-from {{ cookiecutter.__module }}.entry import RECORD
 
 
 def share(step: int, warmup_steps: int) -> float:
@@ -44,7 +41,15 @@ class {{ cookiecutter.class_name }}(TechniqueCallback):
         ValueError: ``warmup_steps`` is below 1.
     """
 
-    technique = RECORD
+    technique = Technique(
+        name="{{ cookiecutter.__entry }}",
+        kind="{{ cookiecutter.kind }}",
+        factory="{{ cookiecutter.__module }}:{{ cookiecutter.class_name }}",
+        paper="{{ cookiecutter.paper }}",
+        does="{{ cookiecutter.summary }}",
+        effects=("changes gradients",),
+        exactness="model-changing",
+    )
 
     def __init__(self, warmup_steps: int = 100) -> None:
         super().__init__()
@@ -52,9 +57,9 @@ class {{ cookiecutter.class_name }}(TechniqueCallback):
             raise ValueError(f"warmup_steps={warmup_steps} is no number of steps. Give 1 or more.")
         self.warmup_steps = warmup_steps
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+    def before_optimizer_step(self, run: Run, optimizer: Optimizer) -> None:
         # Here and not after backward: once per optimizer step under accumulation, and before clipping.
         # Progress is saved and resumed by eke; what a technique counts itself belongs in state_dict().
-        factor = share(self.progress.steps, self.warmup_steps)
+        factor = share(run.progress.steps, self.warmup_steps)
         if factor < 1:
-            scale_gradients(pl_module.parameters(), factor)
+            scale_gradients(run.module.parameters(), factor)

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import warnings
 
-from eke import NoEffectWarning, Run, TechniqueCallback
+from eke import NoEffectWarning, Run, Technique, TechniqueCallback
 from torch.optim import Optimizer
-
-from {{ cookiecutter.__module }}.entry import RECORD
 
 
 def fuse(optimizer: Optimizer) -> bool:
@@ -36,11 +34,19 @@ class {{ cookiecutter.class_name }}(TechniqueCallback):
         NoEffectWarning: the optimizer has no fused kernel.
     """
 
-    technique = RECORD
+    technique = Technique(
+        name="{{ cookiecutter.__entry }}",
+        kind="{{ cookiecutter.kind }}",
+        factory="{{ cookiecutter.__module }}:{{ cookiecutter.class_name }}",
+        paper="{{ cookiecutter.paper }}",
+        does="{{ cookiecutter.summary }}",
+        effects=("changes optimizer",),
+        exactness="reordered sums",
+    )
 
     def alter_optimizer(self, run: Run, optimizer: Optimizer) -> Optimizer:
         # Called for every optimizer that configure_optimizers returned; return another one to replace it.
-        # To swap modules, override alter_model() and undo it in restore_model().
+        # To swap modules, override alter_model() and undo it by run.at_end().
         if not fuse(optimizer):
             warnings.warn(
                 f"{{ cookiecutter.class_name }}: {type(optimizer).__name__} has no fused kernel, so it steps as before.",

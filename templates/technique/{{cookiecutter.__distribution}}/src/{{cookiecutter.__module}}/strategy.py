@@ -12,11 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from eke import TechniqueStrategy
+from eke import Technique, TechniqueStrategy
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
-
-from {{ cookiecutter.__module }}.entry import RECORD
 
 
 class {{ cookiecutter.class_name }}(TechniqueStrategy, SingleDeviceStrategy):
@@ -34,7 +32,15 @@ class {{ cookiecutter.class_name }}(TechniqueStrategy, SingleDeviceStrategy):
         ValueError: ``threads`` is below 1.
     """
 
-    technique = RECORD
+    technique = Technique(
+        name="{{ cookiecutter.__entry }}",
+        kind="{{ cookiecutter.kind }}",
+        factory="{{ cookiecutter.__module }}:{{ cookiecutter.class_name }}",
+        paper="{{ cookiecutter.paper }}",
+        does="{{ cookiecutter.summary }}",
+        effects=(),
+        exactness="reordered sums",
+    )
 
     def __init__(self, threads: int = 1, device: str = "cpu", **options: Any) -> None:
         if threads < 1:
