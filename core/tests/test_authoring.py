@@ -27,7 +27,7 @@ def test_every_method_of_a_technique_is_on_the_page_and_none_that_is_not_there()
     own -= {"step_kind", "on_this_machine"}  # for benchmarks and for eke check
     page = PAGE.read_text()
     assert {name for name in own if name not in page} == set()
-    named = set(re.findall(r"\b(\w+)\(run", page))
+    named = set(re.findall(r"─ (\w+)\(run", page))
     assert named <= own
     assert set(SEAMS) <= own
 
@@ -35,5 +35,5 @@ def test_every_method_of_a_technique_is_on_the_page_and_none_that_is_not_there()
 def test_every_sketch_is_on_the_page_and_every_link_leads_somewhere():
     page = PAGE.read_text()
     assert {file.name for file in SKETCHES.glob("sketch_*.py")} == set(re.findall(r"sketches/(sketch_\w+\.py)", page))
-    for link in re.findall(r"\]\(([^)#]+)\)", page):
+    for link in re.findall(r"\]\((\.\.[^)#]+)\)", page):
         assert (PAGE.parent / link).exists(), link

@@ -9,6 +9,7 @@ from eke.testing.models import STEPS
 from eke.testing.run import make_trainer, quiet, seed_everything
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
+from sketch_averages import Average
 from torch.distributed.fsdp import fully_shard
 
 
