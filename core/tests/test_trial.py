@@ -206,14 +206,17 @@ def test_a_run_goes_on_to_the_bits_of_one_that_tried_nothing(options):
     assert torch.equal(tried.model.hits.total, plain.model.hits.total)
 
 
-def test_a_trial_takes_the_steps_that_the_run_would_take():
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_trial_takes_the_steps_that_the_run_would_take(accumulate):
     """Its losses are those of the run's first steps, whose batches it was given."""
 
     class Losses(Callback):
-        seen = []
+        def __init__(self):
+            self.seen = []
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            self.seen.append(float(outputs["loss"]))
+            with torch.no_grad():
+                self.seen.append(float(outputs["loss"]))
 
     losses, tries = Losses(), Tries(at=(0,), warmup=0)
 
@@ -221,13 +224,29 @@ def test_a_trial_takes_the_steps_that_the_run_would_take():
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
-    fit(Flat(), Idle(), loader=shuffled, callbacks=[tries, losses], gradient_clip_val=0.5)
+    options = {"accumulate_grad_batches": 2, "steps": 8} if accumulate == 2 else {"gradient_clip_val": 0.5}
+    fit(Flat(), Idle(), loader=shuffled, callbacks=[tries, losses], **options)
     (found,) = tries.found
-    assert found.losses == losses.seen[:2]
+    steps = [sum(losses.seen[i : i + accumulate]) for i in (0, accumulate)]  # Lightning has divided them
+    assert found.losses == pytest.approx(steps, rel=1e-6)
     assert len(found.seconds) == 2
     parameters = sum(one.nbytes for one in Flat().parameters())
     assert found.memory["parameters"] == parameters
     assert parameters <= found.memory["optimizer"] < 1.1 * parameters  # momentum, which the run has only later
+
+
+def test_a_trial_logs_nothing():
+    def logged(*callbacks):
+        seen = []
+
+        class Logs(Busy):
+            def log(self, name, value, **options):
+                seen.append(name)
+
+        fit(Logs(), Remembers(), loader=shuffled, callbacks=callbacks)
+        return seen
+
+    assert logged(Tries()) == logged()
 
 
 def test_two_processes_try_together_and_go_on_together():
