@@ -106,7 +106,7 @@ def _draw(loaders: Any, count: int, file: Path) -> None:
             if getattr(loader, "persistent_workers", False):
                 vars(loader)["persistent_workers"] = False  # or the run's own would be asked; setattr refuses
             if getattr(loader, "pin_memory", False):
-                loader.pin_memory = False  # a copied process may not touch the card
+                loader.pin_memory = False  # a copied process may not touch the GPU
         # A copy, or the run's iterators would lose their owner, and end the run's workers as they go.
         outcome = [item[0] for item in islice(copy.copy(loaders), count)], ""
         content = pickle.dumps(outcome)

@@ -1,7 +1,7 @@
 """The weights as they were at some step, to be rewound to.
 
 The tricks it hides: a checkpoint holds the weights of now, so that a run which resumes has to bring the old ones along;
-and kept beside the model they would fill the card. They wait in CPU memory, or in a file that is read where it is used.
+and kept beside the model they would fill the GPU. They wait in CPU memory, or in a file that is read where it is used.
 """
 
 from __future__ import annotations

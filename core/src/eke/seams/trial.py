@@ -197,7 +197,7 @@ def rolled_back(trainer: Trainer, device: torch.device | str | None = None) -> I
 
     Args:
         trainer: In ``fit``, between two steps.
-        device: Where copies wait; with ``"cpu"`` they take no memory of the card.
+        device: Where copies wait; with ``"cpu"`` they take no memory of the GPU.
     """
     snapshot, random_state = Snapshot(*of_run(trainer), device=device), rng_state()
     try:

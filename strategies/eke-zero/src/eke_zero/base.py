@@ -89,7 +89,7 @@ class Engine(TechniqueStrategy, Strategy):
 
     @property
     def keeps_on_host(self) -> tuple[str, ...]:
-        """What is in CPU memory, beside a card, for a forecast."""
+        """What is in CPU memory, beside the GPU's, for a forecast."""
         kept = {"optimizer": ("optimizer",), "params": ("parameters", "gradients", "optimizer")}
         return kept.get(self.offload, ())
 

@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     for name, arguments in asked.items():
         registry.check_arguments(registry.get(name), arguments)
     trainer = {"precision": options.precision} if options.precision else {}
-    device = "cuda" if options.card else "cpu"
+    device = "cuda" if options.gpu_memory else "cpu"
     setup = Setup(
         load(options.target), asked, options.ranks, options.batch, options.length, options.accumulate, device, trainer
     )

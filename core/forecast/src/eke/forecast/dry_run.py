@@ -46,7 +46,7 @@ class Forecast:
         peak: Each of :data:`CAUSES` to its bytes at the moment of the highest total. ``"parameters"`` holds buffers and
             gathered weights too; ``"activations"`` what is kept from forward to backward, and the batch.
         held: The same between two steps.
-        host: Bytes that the strategy keeps in CPU memory beside a card; part of neither ``peak`` nor ``held``.
+        host: Bytes that the strategy keeps in CPU memory beside the GPU's; part of neither ``peak`` nor ``held``.
         parameters: Number of parameters of the whole model, and how many of them train.
         ranks: Number of processes.
     """

@@ -1,4 +1,4 @@
-"""What would fit on a card: the largest batch, and the first change to a run that makes it fit.
+"""What would fit a GPU: the largest batch, and the first change to a run that makes it fit.
 
 Changes come from the records of the installed techniques, and three from the Trainer itself. Each is tried by a dry
 run, in the order of what it costs.
@@ -71,7 +71,7 @@ def largest_batch(setup: Setup, budget: int, given: Forecast, samples: int) -> t
 
     Args:
         setup: The run.
-        budget: Bytes of the card.
+        budget: Bytes of the GPU's memory.
         given: Its forecast as it is.
         samples: How many samples its batch has.
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 CAUSES = ("parameters", "gradients", "optimizer", "activations", "temporary")
-HOST = "host"  # what lies in CPU memory beside a card
+HOST = "host"  # what lies in CPU memory beside the GPU's
 
 
 @dataclass
