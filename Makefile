@@ -1,8 +1,10 @@
 dists  := core bench $(patsubst %/pyproject.toml,%,$(wildcard core/*/pyproject.toml callbacks/*/pyproject.toml plugins/*/pyproject.toml strategies/*/pyproject.toml))
 python := .venv/bin/python
 pip    := $(python) -m pip install --quiet --disable-pip-version-check
+# A process for each core, one thread each. Tests that share something slow to make stay in one process (xdist_group).
+pytest := OMP_NUM_THREADS=1 $(python) -m pytest -n auto --dist loadgroup
 
-.PHONY: train bench gpu test test-gpu test-slow test-deepspeed isolated certify table format lint clean
+.PHONY: train bench gpu test test-all test-gpu test-slow test-deepspeed isolated certify table format lint clean
 
 # The main job: train on the standard library's own source, side by side. Options: make train ARGS="--text notes.txt --plain-only"
 train: .venv/ready
@@ -16,15 +18,21 @@ bench: .venv/ready
 gpu: .venv/ready
 	$(python) tools/gpu.py $(ARGS)
 
-# Everything but what needs a GPU or takes minutes. One file: make test ARGS=core/tests/test_spec.py
+# The gate, on all cores: everything but what needs a GPU, takes minutes, or is to the byte what it was when it passed (the
+# last line says how much). One file: make test ARGS=core/tests/test_spec.py
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(python) -m pytest $(ARGS)
+	$(pytest) $(or $(ARGS),--changed)
+
+# The same and nothing left out by hash.
+test-all: .venv/ready
+	$(pytest) $(ARGS)
 
 test-gpu: .venv/ready
 	$(python) -m pytest -m gpu $(ARGS)
 
+# What takes minutes: among it every pair of techniques by itself.
 test-slow: .venv/ready
-	OMP_NUM_THREADS=1 $(python) -m pytest -m slow $(ARGS)
+	$(pytest) -m slow $(ARGS)
 
 # ZeRO on DeepSpeed, on two CPU processes. Installs DeepSpeed, which builds a part of itself at its first start (g++, ninja).
 test-deepspeed: .venv/ready
@@ -35,9 +43,10 @@ test-deepspeed: .venv/ready
 isolated: .venv/ready
 	OMP_NUM_THREADS=1 $(python) tools/isolated.py $(or $(ARGS),$(dists))
 
-# Run each technique's contract and write what it passed into its package, for eke list to show.
+# Run each technique's tests and write what its contract passed into its package, for eke list to show and for make test to
+# leave out what has not changed since.
 certify: .venv/ready
-	for folder in $(filter-out core core/% bench,$(dists)); do OMP_NUM_THREADS=1 $(python) -m pytest -q --certify $$folder/tests || exit 1; done
+	$(pytest) -q --certify $(or $(ARGS),$(addsuffix /tests,$(filter-out core core/% bench,$(dists))))
 
 # The table of techniques in README.md, from metadata, records and stored measurements.
 table: .venv/ready

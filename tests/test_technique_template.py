@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("cookiecutter")
 
 REPO = Path(__file__).parents[1]
-KINDS = ["callback", "plugin", "strategy"]
+KINDS = [pytest.param(kind, marks=pytest.mark.xdist_group(kind)) for kind in ("callback", "plugin", "strategy")]
 
 
 def run(*command, **options):

@@ -13,6 +13,9 @@ def run(*words):
     return cli.main(["run", *words])
 
 
+pytestmark = pytest.mark.xdist_group("bench command")  # one run serves them all
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     pytest.importorskip("eke_stacking")  # any technique would do

@@ -11,6 +11,9 @@ RUN = Run("gpt", "smoke", dict(SIZE.shape), SIZE.steps, 8e-3)
 HERE = [name for name in subjects.NAMES if subjects.missing(name) is None]
 
 
+pytestmark = pytest.mark.xdist_group("bench subjects")  # one run serves them all
+
+
 @pytest.fixture(scope="module")
 def results():
     return {name: runner.train(RUN.but(subject=name)) for name in HERE}

@@ -1,5 +1,6 @@
 import os
 import re
+import tempfile
 import time
 
 import pytest
@@ -103,16 +104,18 @@ def test_ranks_form_one_group_and_return_by_rank():
     assert run_ranks(meet) == [(0, 3), (1, 3)]
 
 
-def test_an_error_of_a_rank_is_reported_and_the_waiting_one_is_ended():
+def test_an_error_of_a_rank_is_reported_and_the_waiting_one_is_ended(tmp_path):
     def fails(rank):
         if rank == 1:
+            while not (tmp_path / "waiting").exists():
+                time.sleep(0.01)
             raise KeyError("of rank one")
-        time.sleep(60)
+        (tmp_path / "waiting").write_text(str(os.getpid()))
+        time.sleep(3600)
 
-    start = time.monotonic()
     with pytest.raises(RankError, match="(?s)process 1 raised.*KeyError: 'of rank one'"):
         run_ranks(fails)
-    assert time.monotonic() - start < 20
+    assert not _running(int((tmp_path / "waiting").read_text()))
 
 
 def test_a_process_that_hangs_is_ended_with_its_children(tmp_path):
@@ -143,6 +146,26 @@ def _running(pid):
 def test_a_process_that_dies_unasked_is_an_error():
     with pytest.raises(RankError, match="ended with status 3 and returned nothing"):
         run_alone(lambda: os._exit(3))
+
+
+def test_the_port_of_a_group_is_nobody_elses_while_it_runs():
+    ports = run_ranks(lambda rank: os.environ["MASTER_PORT"])
+    assert len(set(ports)) == 1
+
+    def both(rank):
+        inner = run_ranks(lambda rank: os.environ["MASTER_PORT"], world=1)
+        return os.environ["MASTER_PORT"] not in inner and meet(rank)
+
+    def meet(rank):
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+        return True
+
+    assert run_ranks(both) == [True, True]
+
+
+def test_what_a_process_leaves_in_the_temporary_folder_goes_with_it(tmp_path):
+    left = run_alone(lambda: tempfile.mkdtemp())
+    assert not os.path.exists(left)
 
 
 def test_a_process_that_was_told_to_die_gives_none():

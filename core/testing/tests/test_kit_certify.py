@@ -5,6 +5,7 @@ import sys
 import eke.testing.certify
 import eke.testing.contract  # noqa: F401  pytester forgets what a run imported, and torch cannot be imported twice
 import pytest
+from eke.testing import unchanged
 
 pytest_plugins = ["pytester"]
 
@@ -140,3 +141,89 @@ def test_a_test_that_fails_as_expected_is_no_pass_and_no_crash(pytester, package
     out = run(pytester, "--certify")
     assert "no certificate, none was written: test_two[1] (failed as expected: known to fail)" in out
     assert not file.exists()
+
+
+# On several processes, and leaving out what is as it was
+
+
+def test_what_several_processes_ran_makes_one_certificate(pytester, package):
+    pytest.importorskip("xdist")
+    file = package()
+    out = pytester.runpytest_inprocess(
+        "-p", "no:cacheprovider", "--certify", "-n", "2", "test_contract.py"
+    ).stdout.str()
+    assert f"still: certificate written to {file}" in out
+    assert json.loads(file.read_text())["passed"] == ["test_one", "test_two"]
+
+
+@pytest.fixture
+def distribution(pytester, package, monkeypatch):
+    """A checkout with one distribution, ``callbacks/eke-still``, whose two tests have passed and been certified."""
+    package()
+    folder = pytester.mkdir("callbacks") / "eke-still"
+    for part in ("src", "tests"):
+        (folder / part).mkdir(parents=True)
+    (folder / "pyproject.toml").touch()
+    (pytester.path / "pytest.ini").write_text("[pytest]\n")
+    (pytester.path / "eke_still").rename(folder / "src" / "eke_still")
+    (pytester.path / "test_contract.py").rename(folder / "tests" / "test_contract.py")
+    monkeypatch.syspath_prepend(folder / "src")
+    out = pytester.runpytest_inprocess("-p", "no:cacheprovider", "--certify", "callbacks").stdout.str()
+    assert "certificate written" in out
+    return folder
+
+
+def left_out(pytester):
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "--changed", "callbacks")
+    return result.stdout.str().splitlines()[-1], result.parseoutcomes().get("passed", 0)
+
+
+def test_a_distribution_that_is_as_it_was_is_left_out_and_the_last_line_says_so(pytester, distribution):
+    line, passed = left_out(pytester)
+    assert line.startswith("Left out by hash: 4 tests of 1 distributions.")
+    assert passed == 0
+
+
+@pytest.mark.parametrize("place", ["src/eke_still/entry.py", "tests/test_contract.py", "pyproject.toml", "data.npz"])
+def test_a_byte_of_its_folder_brings_its_tests_back(pytester, distribution, place):
+    with open(distribution / place, "a") as file:
+        file.write("\n")
+    line, passed = left_out(pytester)
+    assert line.startswith("Left out by hash: no test")
+    assert passed == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("versions", ["torch 99"]), ("processor", ["Linux", "x86_64", "sse2"]), ("files", iter([]))],
+)
+def test_other_libraries_another_processor_or_another_core_bring_its_tests_back(
+    pytester, distribution, monkeypatch, name, value
+):
+    assert left_out(pytester)[1] == 0
+    monkeypatch.setattr(unchanged, name, lambda *_: value)
+    assert left_out(pytester)[1] == 3
+
+
+def test_texts_for_people_do_not_bring_them_back(pytester, distribution):
+    (distribution / "README.md").write_text("# Still\n")
+    assert left_out(pytester)[1] == 0
+
+
+def test_another_distribution_that_its_files_name_counts_with_it(pytester, distribution):
+    other = pytester.path / "callbacks" / "eke-moving" / "src" / "eke_moving"
+    other.mkdir(parents=True)
+    before = unchanged.fingerprint(distribution)
+    (other / "entry.py").touch()
+    assert unchanged.fingerprint(distribution) == before
+    (distribution / "tests" / "test_both.py").write_text('pytest.importorskip("eke_moving")\n')
+    named = unchanged.fingerprint(distribution)
+    assert named != before
+    (other / "entry.py").write_text("pass\n")
+    assert unchanged.fingerprint(distribution) != named
+
+
+def test_where_a_test_of_the_folder_failed_the_certificate_leaves_nothing_out(pytester, distribution):
+    (distribution / "tests" / "test_more.py").write_text("def test_fails():\n    assert False\n")
+    pytester.runpytest_inprocess("-p", "no:cacheprovider", "--certify", "callbacks")
+    assert "content" not in json.loads((distribution / "src" / "eke_still" / "certificate.json").read_text())

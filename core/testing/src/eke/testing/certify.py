@@ -6,66 +6,115 @@ import datetime
 import importlib
 import json
 import platform
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from eke import registry
 from eke.cli import certificates
-from eke.testing.plugin import EXCEPTED
+
+EXCEPTED = "excepted: "  # how the reason of a skip begins that the technique's record declares
+NOT_RUN = "not run"
 
 
-def certify(outcomes: dict[type, dict[Any, str]]) -> list[str]:
-    """Write the certificate of each technique whose contracts have passed whole; say of each what was done.
+@dataclass
+class Row:
+    """One test and how it ended; plain values, that go from one process to another.
 
     Args:
-        outcomes: Contract class to pytest item to ``"passed"``, ``"failed"``, ``"not run"`` or the reason of a skip.
+        name: Of the test, with its parameters.
+        test: Of the test function.
+        folder: Of its file.
+        contract: The contract class it belongs to, if it does.
+        shape: The kit's model that it trains, if it is one of several.
+        exercises: What it says that it exercises, such as ``{"strategy": "ddp"}``.
+        outcome: ``"passed"``, ``"failed"``, ``"not run"`` or the reason of a skip.
     """
-    by_technique: dict[str, list[type]] = {}
+
+    name: str
+    test: str
+    folder: str
+    contract: str = ""
+    shape: str = ""
+    exercises: dict[str, str] = field(default_factory=dict)
+    outcome: str = NOT_RUN
+
+    @property
+    def stands(self) -> bool:
+        return self.outcome == "passed" or self.outcome.startswith(EXCEPTED)
+
+
+@dataclass
+class Contract:
+    """A contract class: the technique it is for, its tests, and the shapes that it promises."""
+
+    technique: str
+    tests: list[str]
+    shapes: list[str]
+
+
+@dataclass
+class Outcomes:
+    """All tests of a session, or of one of its processes."""
+
+    rows: dict[str, Row] = field(default_factory=dict)
+    contracts: dict[str, Contract] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def add(self, plain: dict[str, Any]) -> None:
+        """Take in those of another process, which collected the same tests and ran some of them."""
+        for key, values in plain["rows"].items():
+            row = Row(**values)
+            if key not in self.rows or row.outcome != NOT_RUN:
+                self.rows[key] = row
+        self.contracts.update({key: Contract(**values) for key, values in plain["contracts"].items()})
+
+
+def contract_of(cls: type) -> Contract:
+    """What a certificate has to know of a contract class."""
+    record = cls().subject().record
+    name = "" if record is None or record.name not in registry.available() else record.name
+    return Contract(name, cls.items(), [shape.__name__ for shape in cls.shapes])
+
+
+def certify(outcomes: Outcomes) -> list[str]:
+    """Write the certificate of each technique whose contracts have passed whole; say of each what was done."""
+    by_technique: dict[str, list[str]] = {}
     lines = []
-    for contract in outcomes:
-        record = contract().subject().record
-        if record is None or record.name not in registry.available():
-            lines.append(f"{contract.__name__}: no installed technique, so there is nothing to certify")
+    for key, contract in outcomes.contracts.items():
+        if contract.technique:
+            by_technique.setdefault(contract.technique, []).append(key)
         else:
-            by_technique.setdefault(record.name, []).append(contract)
-    for name, contracts in by_technique.items():
-        results = {item: outcome for contract in contracts for item, outcome in outcomes[contract].items()}
-        lines.append(f"{name}: {_certify(name, contracts, results)}")
-    return lines
+            name = key.rpartition("::")[2]
+            lines.append(f"{name}: no installed technique, so there is nothing to certify")
+    return lines + [f"{name}: {_certify(name, keys, outcomes)}" for name, keys in by_technique.items()]
 
 
-def _certify(name: str, contracts: list[type], results: dict[Any, str]) -> str:
+def _certify(name: str, keys: list[str], outcomes: Outcomes) -> str:
     file = _package_folder(name) / certificates.file_name(registry.available()[name])
-    open_items = [
-        f"{item.name} ({outcome})"
-        for item, outcome in results.items()
-        if outcome != "passed" and not outcome.startswith(EXCEPTED)
-    ]
+    rows = [row for row in outcomes.rows.values() if row.contract in keys]
+    open_items = [f"{row.name} ({row.outcome})" for row in rows if not row.stands]
+    seen = {(row.contract, row.test) for row in rows}
     absent = [
-        test
-        for contract in contracts
-        for test in contract.items()
-        if test not in {item.originalname for item in results if item.cls is contract}
+        f"{test} ({NOT_RUN})" for key in keys for test in outcomes.contracts[key].tests if (key, test) not in seen
     ]
     if open_items or absent:
         kept = "the old one was left" if file.exists() else "none was written"
-        return f"no certificate, {kept}: {', '.join([*open_items, *(f'{test} (not run)' for test in absent)])}"
-    file.write_text(json.dumps(certificate(name, contracts, results), indent=2) + "\n", encoding="utf-8")
+        return f"no certificate, {kept}: {', '.join([*open_items, *absent])}"
+    written = certificate(name, [outcomes.contracts[key] for key in keys], rows) | _unchanged(rows, outcomes)
+    file.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     return f"certificate written to {file}"
 
 
-def certificate(name: str, contracts: list[type], results: dict[Any, str]) -> dict[str, Any]:
+def certificate(name: str, contracts: list[Contract], rows: list[Row]) -> dict[str, Any]:
     """What the file holds: name, date, versions, tests that passed, tests excepted and why, and what was exercised."""
-    excepted = {
-        item.originalname: outcome.removeprefix(EXCEPTED)
-        for item, outcome in results.items()
-        if outcome.startswith(EXCEPTED)
-    }
-    passed = [item for item, outcome in results.items() if outcome == "passed" and item.originalname not in excepted]
+    excepted = {row.test: row.outcome.removeprefix(EXCEPTED) for row in rows if row.outcome.startswith(EXCEPTED)}
+    passed = [row for row in rows if row.outcome == "passed" and row.test not in excepted]
     distribution = registry.available()[name].dist
-    shapes = {item.callspec.params["shape"].__name__ for item in passed if "shape" in item.fixturenames}
-    promised = set.intersection(*({shape.__name__ for shape in contract.shapes} for contract in contracts))
+    promised = set.intersection(*(set(contract.shapes) for contract in contracts))
     return {
         "technique": name,
         "date": datetime.date.today().isoformat(),
@@ -77,10 +126,24 @@ def certificate(name: str, contracts: list[type], results: dict[Any, str]) -> di
         "platform": f"{platform.system()} {platform.machine()}",
         "strategies": _exercised(passed, "strategy"),
         "precisions": _exercised(passed, "precision"),
-        "shapes": sorted(shapes & promised),
-        "passed": sorted({item.originalname for item in passed}),
+        "shapes": sorted({row.shape for row in passed if row.shape} & promised),
+        "passed": sorted({row.test for row in passed}),
         "excepted": dict(sorted(excepted.items())),
     }
+
+
+def _unchanged(rows: list[Row], outcomes: Outcomes) -> dict[str, Any]:
+    """What lets ``--changed`` leave the whole test folder out, where all of it has passed: its number and its tests."""
+    from eke.testing.unchanged import fingerprint
+
+    folders = {row.folder for row in rows}
+    every = [row for row in outcomes.rows.values() if row.folder in folders]
+    ran = [row for row in every if row.outcome != NOT_RUN]
+    place = Path(*folders) if len(folders) == 1 else None
+    failed = any(row.outcome.startswith("failed") for row in every)
+    if failed or place is None or place.name != "tests" or not (place.parent / "pyproject.toml").exists():
+        return {}
+    return {"content": fingerprint(place.parent), "tests": len(ran)}
 
 
 def _package_folder(name: str) -> Path:
@@ -88,7 +151,6 @@ def _package_folder(name: str) -> Path:
     return Path(package.__file__).parent
 
 
-def _exercised(passed: list[Any], what: str) -> list[str]:
+def _exercised(passed: list[Row], what: str) -> list[str]:
     """In the order in which the tests ran, each once."""
-    marks = [getattr(item.function, "eke_exercises", {}).get(what) for item in passed]
-    return list(dict.fromkeys(mark for mark in marks if mark))
+    return list(dict.fromkeys(row.exercises[what] for row in passed if what in row.exercises))

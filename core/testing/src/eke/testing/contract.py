@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 import pytest
 from eke.testing import checks, effects
+from eke.testing.certify import EXCEPTED
 from eke.testing.data import shuffled
 from eke.testing.models import SHAPES, STEPS, TinyBlocks, TinyGPT2, TinyModel
-from eke.testing.plugin import EXCEPTED
 from eke.testing.run import EPOCHS
 
 

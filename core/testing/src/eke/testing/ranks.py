@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-TIMEOUT = 120.0  # seconds
+TIMEOUT = 300.0  # seconds: ten times what the longest run takes on a quiet machine
 KILLED = 9  # exit status of a process that was told to die in mid-run
 
 
@@ -44,14 +44,11 @@ def run_ranks(function: Callable[[int], Any], world: int = 2, timeout: float = T
     Raises:
         RankError: a rank raised, died or hung. All others are ended, with their children.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
 
     def environment(rank: int) -> dict[str, str]:
         return {
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": str(reserved.getsockname()[1]),
             "WORLD_SIZE": str(world),
             "LOCAL_WORLD_SIZE": str(world),
             "NODE_RANK": "0",
@@ -59,8 +56,13 @@ def run_ranks(function: Callable[[int], Any], world: int = 2, timeout: float = T
             "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
         }
 
-    jobs = [(lambda rank=rank: function(rank), environment(rank)) for rank in range(world)]
-    return [result for result, _ in _run(jobs, timeout)]
+    # Held until the end: other processes of a test run look for free ports too. Who listens may share it, since both
+    # say SO_REUSEADDR and this one does not listen.
+    with socket.socket() as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("127.0.0.1", 0))
+        jobs = [(lambda rank=rank: function(rank), environment(rank)) for rank in range(world)]
+        return [result for result, _ in _run(jobs, timeout)]
 
 
 def run_alone(function: Callable[[], Any], timeout: float = TIMEOUT) -> Any:
@@ -100,6 +102,7 @@ def _work(function: Callable[[], Any], environment: dict[str, str], file: Path, 
     os.setpgid(0, 0)  # loader workers join this group, so that they can be ended with it
     _die_with_parent()
     os.environ.update(environment)
+    tempfile.tempdir = str(file.parent)  # what it leaves there goes with it
     torch.set_num_threads(1)  # a forked process cannot use the parent's thread pool
     if met:  # nor the parent's card; Lightning asks for its random state wherever there is one
         torch.cuda.is_available = lambda: False

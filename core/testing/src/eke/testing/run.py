@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import shutil
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +95,7 @@ def make_trainer(
 ) -> Trainer:
     """Build a silent Trainer on the CPU, with each technique under the argument it belongs to."""
     given: dict[str, Any] = {"callbacks": [], "plugins": []}
+    folder = options.get("default_root_dir") or tempfile.mkdtemp(prefix="eke-")
     for technique in techniques:
         argument = registry.trainer_argument(technique)
         if argument == "strategy":
@@ -115,12 +118,15 @@ def make_trainer(
         "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in given["callbacks"]),
         "enable_progress_bar": False,
         "enable_model_summary": False,
-        "default_root_dir": tempfile.gettempdir(),
+        "default_root_dir": folder,
     }
     if world > 1 and "strategy" not in given:
         defaults["strategy"] = "ddp"
     with quiet():
-        return Trainer(**{**defaults, **given, **options})
+        trainer = Trainer(**{**defaults, **given, **options})
+    if "default_root_dir" not in options:
+        weakref.finalize(trainer, shutil.rmtree, folder, ignore_errors=True)
+    return trainer
 
 
 def resume(
