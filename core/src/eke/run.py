@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from eke.seams import interceptor
+from eke.seams import growth, interceptor
 from eke.seams.blocks import find_blocks
 from eke.seams.masks import Masks
 from eke.seams.passes import Passes
@@ -161,6 +161,18 @@ class Run:
         blocks = interceptor.InterceptedBlocks(self.name, find_blocks(self.module, path), part)
         self.at_end(blocks.detach)
         return blocks
+
+    def rebuild(self, origin: Mapping[Tensor, Tensor]) -> None:
+        """The model has changed its shape: let optimizers, schedules, DDP and masks follow, at the start of a window.
+
+        Args:
+            origin: New parameter to the old one that it is a copy of, as for :func:`eke.seams.growth.rebuild`.
+
+        Raises:
+            MisconfigurationException: a strategy under which a model cannot grow.
+        """
+        growth.rebuild(self.trainer, origin)
+        self.masks.follow(origin)
 
     def at_end(self, undo: Callable[[], Any]) -> None:
         """Call ``undo`` when the run closes, also after an exception, last come first: ``run.at_end(hook.remove)``."""

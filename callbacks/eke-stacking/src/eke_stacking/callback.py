@@ -241,7 +241,7 @@ class Stacking(TechniqueCallback):
         origin = operators.copy_blocks(self._full, sources, identity=self.operator == "identity")
         kept = origin if self.optimizer_state == "copy" else {}
         if self.form == "growth":
-            growth.rebuild(trainer, kept)
+            self.run.rebuild(kept)
         else:
             self._apply(pl_module, active)
             growth.rewrap(trainer)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from eke.seams.names import plain
-from eke.technique import techniques
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
@@ -85,9 +84,6 @@ class ShardedZeRO(Engine, ModelParallelStrategy):
                 f"{type(module).__name__} optimizes by hand (automatic_optimization=False), and stages 2 and 3 have to "
                 "see the end of forward before backward begins. Give stage=1."
             )
-        for one in techniques(trainer):
-            if one.eval_weights() is not None:
-                raise ZeROError(f"{type(one).__name__} evaluates other weights, which cannot be sharded. Give stage=1.")
 
     def _shard(self, module: nn.Module) -> None:
         """Make, equalize and shard one unit after the other, so that no process ever holds the whole model twice."""
