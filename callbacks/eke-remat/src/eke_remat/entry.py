@@ -9,7 +9,7 @@ RECORD = Technique(
     paper="https://arxiv.org/abs/1604.06174",
     does="Rematerialization: blocks are computed again in backward instead of kept; all, some, in spans or by operator",
     topics=("rematerialization and offloading",),
-    survey=(15,),
+    survey=("act-ckpt",),
     effects=("replaces saved tensors",),
     exceptions={
         "test_it_costs_nothing_when_it_has_nothing_to_do": "There is no step in which it has nothing to do: each one "
