@@ -112,7 +112,7 @@ class LengthWarmup(TechniqueCallback):
             )
         self.start, self.duration, self.multiple, self.mode = start, duration, multiple, mode
         self.sequence = sequence
-        self._until: Until | None = None
+        self._until: Until | None = None  # when the full length is reached; None from then on
         self._length = 0
         self._whole: Any = None  # this batch as it came
         self._left: list[str] = []  # parts of this batch that are as long as its sequence and stay whole
@@ -122,8 +122,11 @@ class LengthWarmup(TechniqueCallback):
             self._until = run.until(self.duration, "duration")
 
     def alter_batch(self, run: Run, batch: Any) -> Any:
+        if self._until is None:
+            return batch
         self._length, self._left, self._whole = 0, [], None
         if self._until.reached:
+            self._until = None  # from here on it costs nothing to ask
             return batch
         found = find_sequences(batch, self.sequence)
         length = length_at(self._until.done, 1, self.start, found.length, self.multiple)
