@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 CARD = torch.device("cuda:0")
 _Real = torch.Generator
-_drawing: set[int] = set()  # generators of the card, by id
+_drawing: set[int] = set()  # generators of the card
 _kept: list[Any] = []  # they live as long as this process: an id must not come again
 
 
@@ -104,7 +104,7 @@ class Generator(torch.Generator):
     def __new__(cls, device: Any = "cpu") -> Any:
         made = _Real.__new__(_Real, "cpu")
         if torch.device(device).type == "cuda":
-            _drawing.add(id(made))
+            _drawing.add(made._cdata)
             _kept.append(made)
         return made
 
@@ -137,8 +137,10 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if others:
             raise RuntimeError(f"Expected all tensors to be on the same device, but found cuda:0 and cpu! ({func})")
     generator = kwargs.get("generator")
-    if generator is not None and (id(generator) in _drawing) != here:
-        raise RuntimeError(f"Expected a '{'cuda' if here else 'cpu'}' device type for generator ({func})")
+    if generator is not None and generator._cdata in _drawing:
+        here = True  # it says that it is on the CPU, and who asks it makes what is drawn there
+    elif generator is not None and here:
+        raise RuntimeError(f"Expected a 'cuda' device type for generator but found 'cpu' ({func})")
     if name == "_fused_sdp_choice":
         return 0  # written out: the other kernels have a name for each device
     if name == "is_pinned":
@@ -182,6 +184,22 @@ def _made(function: Any) -> Any:
     return make
 
 
+def _to(function: Any) -> Any:
+    """For a tensor that is like another one, which is on the card where only Python knows it."""
+
+    def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args and isinstance(args[0], Carded) and not isinstance(self, Carded):
+            return torch.ops.aten._to_copy(self, dtype=args[0].dtype, device=CARD)
+        return function(self, *args, **kwargs)
+
+    return to
+
+
+def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
+    count = num_classes if num_classes >= 0 else int(tensor.max()) + 1
+    return (tensor[..., None] == torch.arange(count, device=tensor.device)).long()
+
+
 def _moved(apply: Any) -> Any:
     """Keep a parameter's identity, as a real move does, where nothing else holds on to it."""
 
@@ -208,6 +226,10 @@ def install() -> None:
     torch.cuda._lazy_init = lambda: None
     torch.nn.Module._apply = _moved(torch.nn.Module._apply)
     torch.Generator = Generator
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
+    torch.cuda.synchronize, torch.cuda.max_memory_allocated = lambda *_: None, lambda *_: 0
+    torch.Tensor.to, torch.Tensor.type_as = _to(torch.Tensor.to), _to(torch.Tensor.type_as)
+    torch.nn.functional.one_hot = _one_hot  # which makes its numbers where autograd thinks the classes are
     for name in ("tensor", "as_tensor"):  # which hide from dispatch
         setattr(torch, name, _made(getattr(torch, name)))
     CUDAAccelerator.is_available = staticmethod(lambda: True)

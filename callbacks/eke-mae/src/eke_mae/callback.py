@@ -265,7 +265,8 @@ class MAE(TechniqueCallback):
     def _make(self, embedding: PatchEmbedding) -> Hidden:
         conv = embedding.module
         width, pixels = conv.out_channels, conv.in_channels * embedding.patch[0] * embedding.patch[1]
-        with torch.random.fork_rng(devices=[]):
+        cards = [torch.cuda.current_device()] if torch.cuda.is_available() else []  # which manual_seed seeds too
+        with torch.random.fork_rng(devices=cards):
             torch.manual_seed(int(torch.randint(2**60, (), generator=self.generator)))
             if self.method != "mae":
                 return Head(width, self.classes if self.method == "beit" else pixels)

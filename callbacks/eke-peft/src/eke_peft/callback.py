@@ -177,7 +177,8 @@ class PEFT(TechniqueCallback):
             raise PEFTError(f"{quantized[0]!r} is quantized, and such weights do not load from a checkpoint. Give "
                             "checkpoint='adapter', which leaves them to the base.")  # fmt: skip
         hashed = fingerprint(frozen)
-        with torch.random.fork_rng(devices=[]):  # first values of the technique's own, and the user's stream stays
+        cards = [torch.cuda.current_device()] if torch.cuda.is_available() else []  # which manual_seed seeds too
+        with torch.random.fork_rng(devices=cards):  # first values of the technique's own, and the user's stream stays
             torch.manual_seed(int(torch.randint(2**40, (), generator=self.generator)))
             weights = quantize_layers(host, self._targets(host), self.quantize) if self.quantize else {}
             keep_weights(host)
