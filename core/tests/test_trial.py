@@ -188,7 +188,7 @@ class Tries(Callback):
         {"precision": "bf16-mixed", "gradient_clip_val": 0.1},
         {"plugins": lambda: MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))},
     ],
-    ids=str,
+    ids=lambda options: " ".join(options) or "plain",  # no address in a name: processes have to agree on it
 )
 def test_a_run_goes_on_to_the_bits_of_one_that_tried_nothing(options):
     options = dict(options)

@@ -88,7 +88,7 @@ def test_losses_and_weights_have_the_bits_of_a_plain_run(plain, settings):
 @pytest.mark.parametrize(
     ("policy", "products", "attention"),
     [(None, 4, 1), ("attention", 4, 0), ("every second", 2, 0), ("matmuls", 0, 0), (Keep(False, 1), 0, 1)],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_a_policy_says_how_many_products_and_attentions_run_again(plain, policy, products, attention):
     got, _ = run(Remat(policy))
