@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 from eke.testing import checks, effects
 from eke.testing.certify import EXCEPTED
-from eke.testing.data import shuffled
+from eke.testing.data import Loader, shuffled
 from eke.testing.models import SHAPES, STEPS, TinyBlocks, TinyGPT2, TinyModel
 from eke.testing.run import EPOCHS
 
@@ -128,7 +128,7 @@ class CallbackContract:
         checks.ranks_equal_one_process(self.subject())
 
     def test_two_processes_resume_to_the_same_bits(self) -> None:
-        checks.ranks_resume(self.subject(), after_batches=self.cuts[-1])
+        checks.ranks_resume(self.subject(), after_batches=self.cuts[-1], loader=self.resuming.get("loader", Loader))
 
     @pytest.mark.parametrize("where", ["training_step", "validation_step", "configure_optimizers", "on_fit_start"])
     def test_it_fails_cleanly(self, where: str) -> None:
@@ -229,4 +229,6 @@ class TechniqueContract(CallbackContract):
 
     def test_two_processes_that_resume_within_an_accumulation_window_are_in_one_state(self) -> None:
         subject = self.subject(steps=2 * self.steps)
-        checks.ranks_resume(subject, after_batches=2 * self.cuts[0] + 1, accumulate_grad_batches=2)
+        checks.ranks_resume(
+            subject, after_batches=2 * self.cuts[0] + 1, accumulate_grad_batches=2, loader=self.resuming["loader"]
+        )
