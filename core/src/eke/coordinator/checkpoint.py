@@ -51,9 +51,15 @@ def write(
         technique.alter_checkpoint(checkpoint)
 
 
-def write_ranks(checkpoint: dict[str, Any], trainer: Trainer, position: Position, passes: Passes | None) -> None:
-    """Put in what each process has of its own: random state, data position, a window that is cut in two."""
+def write_ranks(
+    checkpoint: dict[str, Any], techniques: list[TechniqueCallback], trainer: Trainer, position: Position,
+    passes: Passes | None,
+) -> None:  # fmt: skip
+    """Put in what each process has of its own: random state, data position, a window that is cut in two; and of several
+    processes the techniques' states, which may hold what a process has noted of its own samples."""
     here = {**position.state_dict(trainer), "gradients": state.held_gradients(trainer)}
+    if trainer.world_size > 1:
+        here["states"] = {type(one).technique.name: one.state_dict() for one in techniques if one.state_dict()}
     if passes is not None and here["gradients"]:
         here["window"] = passes.state_dict()
     checkpoint[state.KEY]["ranks"] = state.gather(trainer, here)
@@ -103,6 +109,13 @@ def restore(own: dict[str, Any], techniques: list[TechniqueCallback], progress: 
             )
         technique.generator.set_state(entry["generator"])
         technique.load_state_dict(entry["state"])
+
+
+def restore_rank(here: dict[str, Any], techniques: list[TechniqueCallback]) -> None:
+    """Give each technique what it had in this process, in place of what it had in the one that wrote the file."""
+    for technique in techniques:
+        if (own := here.get("states", {}).get(type(technique).technique.name)) is not None:
+            technique.load_state_dict(own)
 
 
 def rank_of(own: dict[str, Any], trainer: Trainer) -> dict[str, Any] | None:

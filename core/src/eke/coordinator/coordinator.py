@@ -178,7 +178,7 @@ class Coordinator(Hooks):
             return
         checkpoints.write(checkpoint, self.techniques, self.progress, self._swap, self._masks)
         if trainer is not None and "optimizer_states" in checkpoint:
-            checkpoints.write_ranks(checkpoint, trainer, self.position, self._passes)
+            checkpoints.write_ranks(checkpoint, self.techniques, trainer, self.position, self._passes)
 
     def _load(self, checkpoint: dict[str, Any], module: LightningModule) -> None:
         own = checkpoint.get(state.KEY)
@@ -194,6 +194,7 @@ class Coordinator(Hooks):
             checkpoints.restore(own, self.techniques, self.progress, self._masks)
             if trainer.state.fn == "fit" and "ranks" in own:
                 self._begins_with = checkpoints.rank_of(own, trainer) or {}
+                checkpoints.restore_rank(self._begins_with, self.techniques)
                 self._resumed = own
                 self.position.load_state_dict(self._begins_with or None)
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
