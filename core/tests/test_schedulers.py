@@ -45,8 +45,8 @@ class Net(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def rates(build, *techniques):
-    model = Net(build)
+def rates(build, *techniques, model=Net):
+    model = model(build)
     trainer = Trainer(accelerator="cpu", max_steps=8, callbacks=list(techniques), **SILENT)
     trainer.fit(model, DataLoader(torch.randn(16, 4, generator=torch.Generator().manual_seed(1)), batch_size=2))
     return torch.tensor(model.rates), trainer
@@ -84,6 +84,38 @@ def test_a_scaled_rate_stays_scaled_under_every_schedule(kind, how):
     scaled, trainer = rates(BUILD[kind], how())
     torch.testing.assert_close(scaled, 10 * plain)
     assert not any("eke_lr_factor" in group for group in trainer.optimizers[0].param_groups)
+
+
+class OfItsOwn(Technique):
+    """Another optimizer, with a rate of its own and one group for all, or three."""
+
+    def __init__(self, groups):
+        self.groups = groups
+
+    def alter_optimizer(self, run, optimizer):
+        weight, bias = run.module.layer.weight, run.module.layer.bias
+        split = {1: [[weight, bias]], 2: [[weight], [bias]]}[self.groups]
+        return torch.optim.SGD([{"params": params} for params in split], lr=0.4)
+
+
+class OneGroup(Net):
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.rate, momentum=0.5)
+        scheduler = self.build(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+@pytest.mark.parametrize("kind", ["lambda", "warm-up from 0", "cosine", "step", "in a row", "chained"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_an_optimizer_with_a_rate_of_its_own_is_scheduled_from_that(kind, groups):
+    plain, _ = rates(BUILD[kind], model=OneGroup)
+    own, _ = rates(BUILD[kind], OfItsOwn(groups), model=OneGroup)
+    torch.testing.assert_close(own, 4 * plain.expand(8, groups))
+
+
+def test_groups_with_rates_of_their_own_cannot_become_another_number():
+    with pytest.raises(ValueError, match="LambdaLR was built for 2 parameter groups with rates of their own.* has 1"):
+        rates(BUILD["lambda"], OfItsOwn(1))
 
 
 def test_one_group_can_be_scaled():

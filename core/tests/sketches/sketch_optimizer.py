@@ -24,7 +24,12 @@ class Lion(Optimizer):
 
 
 class UseLion(TechniqueCallback):
-    technique = Technique(name="lion", kind="callback", effects=("replaces optimizer",), exactness="model-changing")
+    technique = Technique(
+        name="lion",
+        kind="callback",
+        effects=("replaces optimizer", "changes learning rate"),
+        exactness="model-changing",
+    )
 
     def __init__(self, lr: float = 1e-3, weight_decay: float = 0.1):
         self.lr, self.weight_decay = lr, weight_decay

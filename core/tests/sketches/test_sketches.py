@@ -59,6 +59,11 @@ class TestInitialization(Sketch):
 
 
 class TestOptimizerByRoles(Sketch):
+    exceptions = {
+        **Sketch.exceptions,
+        "test_its_checkpoint_loads_without_it_or_says_why_not": "The state is Lion's, with groups of its own.",
+    }
+
     def build(self):
         from sketch_optimizer import UseLion
 
