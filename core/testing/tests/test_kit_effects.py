@@ -13,28 +13,30 @@ from torch.nn import functional as F
 
 
 class Reorders(TechniqueCallback):
-    def alter_loader(self, loader):
+    def alter_loader(self, run, loader):
         return torch.utils.data.DataLoader(loader.dataset, batch_size=4, sampler=range(len(loader.dataset) - 1, -1, -1))
 
 
 class MasksTokens(TechniqueCallback):
-    def alter_batch(self, batch):
+    def alter_batch(self, run, batch):
         return torch.zeros_like(batch[0]), batch[1]
 
 
 class TakesHalf(TechniqueCallback):
-    def around_step(self, call_next, batch, *args):
+    def around_step(self, run, call_next, batch, *args):
         return call_next([part[:2] for part in batch], *args)
 
 
 class AddsALayer(TechniqueCallback):
-    def alter_model(self, pl_module):
+    def alter_model(self, run):
+        pl_module = run.module
         if not isinstance(pl_module.head, nn.Sequential):
             pl_module.head = nn.Sequential(pl_module.head, nn.Linear(*2 * [pl_module.head.out_features]))
 
 
 class LetsAllMeet(TechniqueCallback):
-    def alter_model(self, pl_module):
+    def alter_model(self, run):
+        pl_module = run.module
         for block in pl_module.blocks:
             block.attn.causal = False
 
@@ -45,13 +47,15 @@ class Rounds(nn.Linear):
 
 
 class ComputesInBf16(TechniqueCallback):
-    def alter_model(self, pl_module):
+    def alter_model(self, run):
+        pl_module = run.module
         for block in pl_module.blocks:
             block.mlp.fc1.__class__ = Rounds
 
 
 class Freezes(TechniqueCallback):
-    def alter_model(self, pl_module):
+    def alter_model(self, run):
+        pl_module = run.module
         pl_module.embed.requires_grad_(False)
 
 
@@ -74,25 +78,29 @@ class BeginsAnew(TechniqueCallback):
 class DropsTheLast(TechniqueCallback):
     """Tokens, before the first block."""
 
-    def alter_model(self, pl_module):
+    def alter_model(self, run):
+        pl_module = run.module
         pl_module.norm.register_forward_hook(lambda module, args, output: F.pad(output, (0, 0, 0, 1)))
         pl_module.blocks[0].register_forward_pre_hook(lambda module, args: (args[0][:, :-1],))
 
 
 class SkipsABlock(TechniqueCallback):
-    def alter_model(self, pl_module):
+    def alter_model(self, run):
+        pl_module = run.module
         pl_module.blocks[1].forward = lambda x: x
 
 
 class ScalesActivations(TechniqueCallback):
     """Hidden states, their values alone."""
 
-    def alter_model(self, pl_module):
+    def alter_model(self, run):
+        pl_module = run.module
         pl_module.blocks[1].register_forward_hook(lambda module, args, output: 2 * output)
 
 
 class Recomputes(TechniqueCallback):
-    def alter_model(self, pl_module):
+    def alter_model(self, run):
+        pl_module = run.module
         from torch.utils.checkpoint import checkpoint
 
         for block in pl_module.blocks:
@@ -100,7 +108,7 @@ class Recomputes(TechniqueCallback):
 
 
 class Momentum(TechniqueCallback):
-    def alter_optimizer(self, optimizer):
+    def alter_optimizer(self, run, optimizer):
         for group in optimizer.param_groups:
             group["betas"] = (0.5, 0.9)
         return optimizer
@@ -115,7 +123,7 @@ class ForgetsTheMoments(TechniqueCallback):
 class Doubles(TechniqueCallback):
     """The loss."""
 
-    def around_step(self, call_next, batch, *args):
+    def around_step(self, run, call_next, batch, *args):
         return 2 * call_next(batch, *args)
 
 
