@@ -59,6 +59,7 @@ CERTIFICATE = {
 @pytest.fixture
 def site(tmp_path, monkeypatch):
     """A folder on the path for distributions."""
+    monkeypatch.delenv("COLUMNS", raising=False)  # processes that share the tests have it
     folder = tmp_path / "site"
     folder.mkdir()
     monkeypatch.syspath_prepend(folder)

@@ -143,6 +143,9 @@ def test_it_is_what_the_allocator_counts(shape, options):
     agree(builder(shape), **options)
 
 
+# On models this small recomputing keeps 5 kB of random state a block, which a dry run does not have, and the scratch of
+# sorting and of products by groups of tokens is learned at other sizes.
+FARTHER = {"remat": 0.05, "token_merge": 0.04}
 # At random, or by the values of tensors, which a dry run does not have; or not without a file or a data module.
 NOT_COMPARED = {"layer_drop", "infobatch", "rais", "data_pruning", "data_scores", "zero"}
 
@@ -150,7 +153,7 @@ NOT_COMPARED = {"layer_drop", "infobatch", "rais", "data_pruning", "data_scores"
 @pytest.mark.parametrize("name", [name for name in eke.available() if name not in NOT_COMPARED])
 def test_it_is_with_each_technique(name):
     # Methods that look at a batch and choose from it see ones instead of losses: they may choose more.
-    agree(builder(example_model(name)), techniques(name), within=WITHIN)
+    agree(builder(example_model(name)), techniques(name), within=FARTHER.get(name, WITHIN))
 
 
 def test_layer_drop_needs_no_more_than_all_blocks_do():

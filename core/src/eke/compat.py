@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import _configure_optimizers
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.distributed._tools import mem_tracker
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
@@ -33,6 +33,7 @@ __all__ = [
     "expect_no_signals",
     "expect_unused_parameters",
     "forget_processes",
+    "has_values",
     "in_backward",
     "is_checkpoint_wrapped",
     "is_compiled",
@@ -145,6 +146,11 @@ def parse_schedulers(returned: Any) -> tuple[list[Optimizer], list[dict[str, Any
         if monitor is not None and isinstance(config["scheduler"], ReduceLROnPlateau):
             config.setdefault("monitor", monitor)
     return list(optimizers), configs
+
+
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has numbers in it, which it has not in a forecast's dry run."""
+    return not isinstance(tensor, FakeTensor)
 
 
 def loss_scale(trainer: Trainer) -> float:

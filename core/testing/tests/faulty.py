@@ -392,7 +392,7 @@ class KeepsTheStateOfOneProcess(GradientNoise):
         return call_next(batch, *args) / (1 + self.count)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "count": self.count}
+        return {**super().state_dict(), "count": self.count / (1 + self.run.rank)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)

@@ -7,7 +7,8 @@ from eke.seams.averages import LatestAverage, RunningAverage, ema, equal
 class Average(TechniqueCallback):
     """``kind`` is ``"ema"``, ``"swa"`` or ``"lawa"``: Polyak's mean, the equal one from ``start`` on, the last five."""
 
-    technique = Technique(name="average", kind="callback", effects=("reads weights", "replaces weights-at-eval"))
+    technique = Technique(name="average", kind="callback", effects=("reads weights", "replaces weights-at-eval"),
+                          tolerates=("sharded parameters", "sharded optimizer"))  # fmt: skip
 
     def __init__(self, kind: str = "ema", start: float = 0.25):
         self.kind, self.start, self.average = kind, start, None

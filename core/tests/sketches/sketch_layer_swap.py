@@ -24,7 +24,7 @@ class RoundWeights(TechniqueCallback):
     technique = Technique(
         name="round_weights",
         kind="callback",
-        effects=("changes module tree", "changes precision"),
+        effects=("changes precision",),
         exactness="approximate",
     )
 

@@ -27,7 +27,7 @@ class Prune(TechniqueCallback):
             masks = {name: torch.ones_like(one, dtype=torch.bool) for name, one in weights.items()}
             self.run.masks.claim(self.run.name, masks)
 
-    def before_optimizer_step(self, run, optimizer):
+    def after_optimizer_step(self, run, optimizer):
         if run.progress.steps % self.every == 0:
             density = self.density + (1 - self.density) * (1 - self.until.done) ** 3
             masks = {name: self.choose(run.module.get_parameter(name), density) for name in run.masks.names}

@@ -18,6 +18,7 @@ def test_a_sketch_has_forty_lines_at_most_and_no_private_names(file):
     names += [
         alias.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom) for alias in node.names
     ]
+    names = [name for name in names if name != "_replace"]  # of a named tuple, whose public names begin so
     assert not [name for name in names if name.startswith("_") and not name.startswith("__") and name != "_"]
 
 
@@ -38,6 +39,11 @@ class TestSchedule(Sketch):
 
 
 class TestTwoPasses(Sketch):
+    exceptions = {
+        **Sketch.exceptions,
+        "test_beside_a_second_pass_it_sees_one_step": "It has a second pass itself, and both replace the gradients.",
+    }
+
     def build(self):
         from sketch_two_passes import SAM
 
@@ -78,6 +84,8 @@ class TestLayerSwap(Sketch):
 
 
 class TestSavedTensors(Sketch):
+    tolerance = 2e-3  # it rounds to bfloat16, and sums in another order round otherwise
+
     def build(self):
         from sketch_saved_tensors import HalfActivations
 

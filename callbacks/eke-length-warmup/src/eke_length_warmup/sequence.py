@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from eke import EkeError
+from eke import EkeError, compat
 from eke.seams import batch as batches
 from torch import Tensor
 
@@ -98,7 +98,7 @@ def find_sequences(batch: Any, wanted: Sequence[str | int] | None = None) -> Seq
             found.attended = tensor != 0
         elif _LOSS_MASK.search(name):
             targets.append(tensor != 0)
-        elif not tensor.is_floating_point() and tensor.dtype != torch.bool and bool((tensor == IGNORED).any()):
+        elif not tensor.is_floating_point() and tensor.dtype != torch.bool and _ignores(tensor):
             targets.append(tensor != IGNORED)
     if targets:
         found.targets = torch.stack(targets).all(0)
@@ -199,7 +199,7 @@ def divide(batch: Any, found: Sequences, length: int) -> Any:
         kept &= rows_of(found.attended).any(1)
     if found.targets is not None:
         kept &= rows_of(found.targets)[:, 1:].any(1)
-    every = bool(kept.all()) or not bool(kept.any())
+    every = not compat.has_values(kept) or bool(kept.all()) or not bool(kept.any())
     return batches.mapped(batch, lambda one: one if not one.ndim else rows_of(one) if every else rows_of(one)[kept])
 
 
@@ -277,11 +277,18 @@ def _is_whole(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() and tensor.dtype != torch.bool
 
 
+def _ignores(labels: Tensor) -> bool:
+    """Some labels do not count."""
+    return compat.has_values(labels) and bool((labels == IGNORED).any())
+
+
 def _says_the_same(labels: Tensor, ids: Tensor) -> bool:
     """Labels of tokens, beyond doubt: some are ignored, or they are the ids, or those one place on or back."""
     if labels.shape != ids.shape:
         return False
-    if bool((labels == IGNORED).any()):
+    if not compat.has_values(labels):  # a dry run, which asks for sizes
+        return True
+    if _ignores(labels):
         return True
     pairs = ((labels, ids), (labels[:, :-1], ids[:, 1:]), (labels[:, 1:], ids[:, :-1]))
     return any(one.numel() > 0 and torch.equal(one, other) for one, other in pairs)
@@ -291,6 +298,8 @@ def _is_mask(tensor: Tensor, ids: Tensor) -> bool:
     """0 and 1, with 0 at one id alone: the padding's."""
     if tensor.shape != ids.shape or tensor.is_floating_point():
         return False
+    if not compat.has_values(tensor):
+        return True
     out = ids[tensor == 0]
     return bool(((tensor == 0) | (tensor == 1)).all()) and bool((out == out[:1]).all())
 
