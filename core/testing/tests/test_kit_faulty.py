@@ -68,7 +68,7 @@ FAULTS = [
     (
         faulty.KeepsTheStateOfOneProcess,
         "two processes resume",
-        "state of rank 1 in an unbroken run",
+        "state of rank [01] in an unbroken run",
         {"two processes", "big batch"},
     ),
     (faulty.CountsPasses, "second pass", "each step has a second pass", {"big batch"}),
