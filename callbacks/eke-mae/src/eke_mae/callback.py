@@ -206,7 +206,7 @@ class MAE(TechniqueCallback):
             "_module": None,
             "_sight": None,
             "_until": None,
-        }  # a copy meets its model anew
+        }  # a copy begins without a model
 
     def masked_loss(self, images: Tensor, seed: int) -> Tensor:
         """Loss of the hidden patches of ``images``, (batch, channels, height, width), whose masks follow from ``seed``.

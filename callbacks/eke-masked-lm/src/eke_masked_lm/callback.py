@@ -257,7 +257,7 @@ class MaskedLM(Masking):
         return _with(batch, out, {"labels": labels})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_hooked": None, "_hidden": []}  # a copy meets its model anew
+        return {**super().__getstate__(), "_hooked": None, "_hidden": []}  # a copy begins without a model
 
     def _words(self, text: Text) -> Tensor:
         if text.words is not None:

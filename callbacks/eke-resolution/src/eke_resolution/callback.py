@@ -189,7 +189,7 @@ class Resolution(TechniqueCallback):
     def step_kind(self) -> str:
         return f"{self._grid[0]} by {self._grid[1]} patches" if self._grid else "all patches"
 
-    def __getstate__(self) -> dict[str, Any]:  # a copy meets its model anew
+    def __getstate__(self) -> dict[str, Any]:  # a copy begins without a model
         return {**super().__getstate__(), "_embedding": None, "_module": None, "_grid": None}
 
     @contextmanager

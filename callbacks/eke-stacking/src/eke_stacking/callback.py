@@ -183,7 +183,7 @@ class Stacking(TechniqueCallback):
         self._saved_steps = state["steps"]
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy meets its model anew; the blocks themselves go with the model.
+        # A copy begins without a model; the blocks themselves go with the model.
         return {**super().__getstate__(), "_full": [], "_container": None}
 
     def _knows(self, pl_module: LightningModule) -> bool:

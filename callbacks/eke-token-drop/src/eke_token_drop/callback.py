@@ -187,7 +187,7 @@ class TokenDrop(TechniqueCallback):
     def step_kind(self) -> str:
         return f"{self._leave[0].left} patches" if self._leave else "all patches"
 
-    def __getstate__(self) -> dict[str, Any]:  # a copy meets its model anew
+    def __getstate__(self) -> dict[str, Any]:  # a copy begins without a model
         return {**super().__getstate__(), "_entrances": [], "_leave": []}
 
 

@@ -172,7 +172,7 @@ class TokenMerge(TechniqueCallback):
     def step_kind(self) -> str:
         return f"{self._state.get('left', 0)} patches at the end" if self._merges else "all patches"
 
-    def __getstate__(self) -> dict[str, Any]:  # a copy meets its model anew
+    def __getstate__(self) -> dict[str, Any]:  # a copy begins without a model
         return {
             **super().__getstate__(),
             "_found": None,

@@ -335,7 +335,7 @@ class InterceptedBlocks:
         self._held = []
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:
-        return _nothing, ()  # a copy of a technique meets its model anew
+        return _nothing, ()  # a copy of a technique begins without a model
 
 
 def _nothing() -> None:

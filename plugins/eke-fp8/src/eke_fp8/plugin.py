@@ -276,7 +276,7 @@ class FP8(TechniqueCallback):
         self._kept = state["layers"]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_module": None, "_taken": []}  # a copy meets its model anew
+        return {**super().__getstate__(), "_module": None, "_taken": []}  # a copy begins without a model
 
 
 def _listed(left: dict[str, str]) -> str:
