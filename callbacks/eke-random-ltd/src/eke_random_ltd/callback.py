@@ -201,7 +201,12 @@ class RandomLTD(TechniqueCallback):
         return f"{self._choices[0].count or 'all'} tokens in the middle" if self._choices else "all tokens"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_middle": [], "_choices": [], "_until": None}  # a copy begins without a model
+        return {
+            **super().__getstate__(),
+            "_middle": [],
+            "_choices": [],
+            "_until": None,
+        }  # a copy begins without a model
 
 
 class Choose:
