@@ -400,7 +400,7 @@ def test_eke_check_says_what_would_multiply(capsys):
     assert "On this machine: fp8 by " in capsys.readouterr().out
     if not torch.cuda.is_available():
         assert main(["check", "fp8:backend=te"]) == 1
-        assert "REFUSED: FP8(backend='te') cannot run here" in capsys.readouterr().out
+        assert "REFUSED: fp8: FP8(backend='te') cannot run here" in capsys.readouterr().out
 
 
 @pytest.mark.gpu

@@ -9,7 +9,8 @@ RECORD = Technique(
     paper="https://arxiv.org/abs/2210.09461",
     does="Token merging (ToMe) while training: each block of a ViT joins the tokens that are most alike",
     topics=("token masking",),
-    effects=("changes attention", "changes tokens", "keeps tokens", "changes hidden states"),
+    # Attention is watched in forward alone: a block that is computed again in backward would merge other tokens.
+    effects=("changes attention", "changes tokens", "keeps tokens", "changes hidden states", "keeps saved tensors"),
     tolerates=("awaited blocks",),
     exactness="model-changing",
     exceptions={

@@ -143,7 +143,7 @@ def _unless_refused(work: Callable[[], Any]) -> Any:
 class SecondPass(TechniqueCallback):
     """A two-pass method without an idea: its second pass is at the weights of the first."""
 
-    technique = Technique(name="second_pass", kind="callback", effects=("changes gradients",))
+    technique = Technique(name="second_pass", kind="callback", effects=("replaces gradients",))
     passes = 2
 
     def before_optimizer_step(self, run: Any, optimizer: Any) -> None:
