@@ -365,9 +365,14 @@ def _plain(tensor: Tensor) -> bool:
         tensor.layout == torch.strided
         and not tensor.is_nested
         and not _wraps_others(tensor)
-        and _without_repeats(tensor).nbytes <= tensor.untyped_storage().nbytes()  # or its elements overlap
+        and _bytes(_without_repeats(tensor)) <= tensor.untyped_storage().nbytes()  # or its elements overlap
         and tensor.numel() > 0
     )
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Not ``nbytes``, which code that is compiled for several sizes cannot ask for."""
+    return tensor.numel() * tensor.element_size()
 
 
 def _wraps_others(tensor: Tensor) -> bool:
