@@ -9,7 +9,8 @@ from eke import Technique
 from eke.technique import TechniqueCallback
 
 ALONE = "AdamW does not know Lion's states: a Trainer without it stops with a KeyError at the first step."
-RECORD = Technique(name="lion", kind="callback", factory="lion:Lion", effects=("replaces optimizer", "changes learning rate"),
+RECORD = Technique(name="lion", kind="callback", factory="lion:Lion",
+                   effects=("replaces optimizer", "changes learning rate"),
                    paper="https://arxiv.org/abs/2302.06675", exactness="model-changing",
                    exceptions={"test_its_checkpoint_loads_without_it_or_says_why_not": ALONE})  # fmt: skip
 
