@@ -2,10 +2,12 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import eke
 import pytest
 import torch
+from eke import in_run
 from eke.testing import TinyBlocks, fit
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
@@ -126,6 +128,39 @@ def test_a_copy_of_a_technique_in_a_run_is_in_none():
         assert twin._run is None
         assert twin.mine is None
         assert twin.blocks is None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_belongs_to_the_run_begins_anew_in_each_is_in_no_copy_and_is_forgotten_at_the_end(fails):
+    class Finds(Technique):
+        _blocks: list = in_run(list)
+        _seen: int = in_run(0)
+
+        def alter_model(self, run):
+            assert (self._blocks, self._seen) == ([], 0)
+            self._blocks.append(run.module)
+            self._seen = 1
+
+        def on_train_start(self, trainer, pl_module):
+            self.copies = copy.deepcopy(self), pickle.loads(pickle.dumps(self))
+            self.kept = self._blocks
+            if fails:
+                raise RuntimeError("a failing run")
+
+        def end_run(self, run):
+            assert self._blocks == [run.module]  # until all is undone
+
+    globals()["Finds"] = Finds
+    Finds.__qualname__ = "Finds"
+    technique, other = Finds(), Finds()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="a failing run") if fails else nullcontext():
+            fit(TinyBlocks(), technique, epochs=1)
+        assert len(technique.kept) == 1
+        for one in (technique, other, *technique.copies):
+            assert one._blocks == []
+            assert one._seen == 0
+    assert technique._blocks is not other._blocks
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -13,7 +13,7 @@ from eke.registry import available, create, get, trainer_kwargs
 from eke.spec import ConflictError, EkeError, NoEffectWarning, Offer, Technique, hookimpl
 
 if TYPE_CHECKING:
-    from eke.run import Run
+    from eke.run import Run, in_run
     from eke.seams.losses import reduce_loss
     from eke.technique import TechniqueCallback, TechniqueStrategy, load_from_checkpoint, techniques
 
@@ -22,7 +22,7 @@ __path__ = extend_path(__path__, __name__)
 
 _LAZY = dict.fromkeys(("TechniqueCallback", "TechniqueStrategy", "load_from_checkpoint", "techniques"), "eke.technique")
 _LAZY["reduce_loss"] = "eke.seams.losses"
-_LAZY["Run"] = "eke.run"
+_LAZY["Run"] = _LAZY["in_run"] = "eke.run"
 
 __all__ = [
     "ConflictError",
@@ -37,6 +37,7 @@ __all__ = [
     "create",
     "get",
     "hookimpl",
+    "in_run",
     "load_from_checkpoint",
     "reduce_loss",
     "techniques",

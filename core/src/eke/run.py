@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+IN_RUN = "_in_run"  # where a technique holds what belongs to the run
+
 # Which modules a Trainer of this process has begun to train. Not a mark on the module: that would outlive the run.
 _trained: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -244,3 +246,40 @@ class Run:
 
 def _no_run() -> None:
     return None
+
+
+class in_run:
+    """An attribute of a technique that belongs to the run that is open, such as what it found in the model at hand: it
+    has its first value when a run opens, is forgotten when the run has closed, and is never copied or pickled.
+
+    Example::
+
+        class Skip(TechniqueCallback):
+            _until: Until | None = in_run(None)
+            _chosen: list[int] = in_run(list)  # a type or function: called for the first value
+
+    Args:
+        first: The first value, or what makes it where it is callable.
+    """
+
+    def __init__(self, first: Any) -> None:
+        self.first = first
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, technique: Any, owner: type | None = None) -> Any:
+        if technique is None:
+            return self
+        held = vars(technique).setdefault(IN_RUN, {})
+        if self.name not in held:
+            held[self.name] = self.first() if callable(self.first) else self.first
+        return held[self.name]
+
+    def __set__(self, technique: Any, value: Any) -> None:
+        vars(technique).setdefault(IN_RUN, {})[self.name] = value
+
+
+def forget_run(technique: Any) -> None:
+    """Give all attributes that are :class:`in_run` their first value."""
+    vars(technique).pop(IN_RUN, None)

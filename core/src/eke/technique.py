@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from eke.coordinator import Coordinator
 from eke.coordinator.opening import overrides
-from eke.run import Run
+from eke.run import IN_RUN, Run
 from eke.seams import state
 from eke.seams.progress import Progress
 from eke.spec import EkeError, Technique
@@ -162,7 +162,7 @@ class TechniqueCallback(Callback):
             coordinator.setup(trainer, pl_module, stage)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("_coordinator", "_run")}
+        return {key: value for key, value in vars(self).items() if key not in ("_coordinator", "_run", IN_RUN)}
 
 
 class TechniqueStrategy:

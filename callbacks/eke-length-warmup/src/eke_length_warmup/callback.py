@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from eke import EkeError, Run, Technique, TechniqueCallback
+from eke import EkeError, Run, Technique, TechniqueCallback, in_run
 from eke.seams.progress import Until
 from eke.seams.step import fails_too
 
@@ -88,6 +88,10 @@ class LengthWarmup(TechniqueCallback):
     """
 
     technique: ClassVar[Technique] = RECORD
+    _until: Until | None = in_run(None)  # when the full length is reached; None from then on
+    _length: int = in_run(0)
+    _whole: Any = in_run(None)  # this batch as it came
+    _left: list[str] = in_run(list)  # parts of this batch that are as long as its sequence and stay whole
 
     def __init__(
         self,
@@ -112,10 +116,6 @@ class LengthWarmup(TechniqueCallback):
             )
         self.start, self.duration, self.multiple, self.mode = start, duration, multiple, mode
         self.sequence = sequence
-        self._until: Until | None = None  # when the full length is reached; None from then on
-        self._length = 0
-        self._whole: Any = None  # this batch as it came
-        self._left: list[str] = []  # parts of this batch that are as long as its sequence and stay whole
 
     def check(self, run: Run) -> None:
         if run.fitting:
@@ -150,9 +150,6 @@ class LengthWarmup(TechniqueCallback):
                 "which has as many entries but is not known to go by token. If it does, name all that do: "
                 "LengthWarmup(sequence=['input_ids', 'labels', ...])."
             ) from error
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_until": None, "_whole": None}  # a copy meets its run anew
 
     def step_kind(self) -> str:
         return f"length {self._length}" if self._length else "full length"

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from eke import EkeError, Run, Technique, TechniqueCallback, compat
+from eke import EkeError, Run, Technique, TechniqueCallback, compat, in_run
 from eke.seams import interceptor
 from eke.seams.blocks import Blocks
 from eke.seams.patches import (
@@ -84,6 +84,9 @@ class MAE(TechniqueCallback):
     """
 
     technique: ClassVar[Technique] = RECORD
+    _sight: Sight | None = in_run(None)
+    _until: Until | None = in_run(None)
+    _kind: str = in_run("")
 
     def __init__(
         self,
@@ -121,10 +124,6 @@ class MAE(TechniqueCallback):
         self.decoder_width, self.decoder_depth, self.decoder_heads = decoder_width, decoder_depth, decoder_heads
         self.tokenizer, self.classes, self.encoder, self.blocks = tokenizer, classes, encoder, blocks
         self.decoder: Hidden | None = None
-        self._module: LightningModule | None = None
-        self._sight: Sight | None = None
-        self._until: Until | None = None
-        self._kind = ""
 
     def check(self, run: Run) -> None:
         if not run.fitting:
@@ -134,8 +133,6 @@ class MAE(TechniqueCallback):
 
     def alter_model(self, run: Run) -> None:
         pl_module = run.module
-        if self._sight is not None:
-            return
         if pairs := relative_positions(pl_module):
             raise PatchesError(
                 f"{type(pl_module).__name__} has relative positions ({pairs[0]}), for all patches in their places. MAE "
@@ -150,16 +147,11 @@ class MAE(TechniqueCallback):
             )
         if self.decoder is None:
             self.decoder = self._make(embedding)
-        self._module = pl_module
         pl_module.add_module(NAME, self.decoder)
+        run.at_end(lambda: pl_module._modules.pop(NAME))
         path = _common(embedding.path, found.path) if self.encoder is None else self.encoder
         self._sight = Sight(pl_module.get_submodule(path) if path else pl_module, embedding, found, path)
-
-    def end_run(self, run: Run) -> None:
-        if self._sight is not None:
-            self._sight.close()
-            del run.module._modules[NAME]
-        self._sight = self._module = None
+        run.at_end(self._sight.close)
 
     def alter_optimizer(self, run: Run, optimizer: Optimizer) -> Optimizer:
         held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
@@ -173,13 +165,13 @@ class MAE(TechniqueCallback):
             return call_next(batch, *args)
         seed = run.once("seed", lambda: run.seed(per_rank=True))
         loss = self.masked_loss(find_images(batch, self._sight.embedding.module.in_channels), seed)
-        self._module.log("masked_loss", loss.detach())
+        run.module.log("masked_loss", loss.detach())
         return loss
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        if trainer.state.fn != "fit" or self._over:
+        if not self.run.fitting or self._over:
             return
         images = find_images(batch, self._sight.embedding.module.in_channels)
         loss = self.masked_loss(images, seed=batch_idx)  # the same masks each time
@@ -199,14 +191,6 @@ class MAE(TechniqueCallback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.decoder is not None and "decoder" in state:
             self.decoder.put_back(state["decoder"])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            **super().__getstate__(),
-            "_module": None,
-            "_sight": None,
-            "_until": None,
-        }  # a copy begins without a model
 
     def masked_loss(self, images: Tensor, seed: int) -> Tensor:
         """Loss of the hidden patches of ``images``, (batch, channels, height, width), whose masks follow from ``seed``.

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from eke import EkeError, Run, Technique, TechniqueCallback
+from eke import EkeError, Run, Technique, TechniqueCallback, in_run
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -170,6 +170,8 @@ class MaskedLM(Masking):
             or with labels of something else; a head that gets something else than hidden states.
     """
 
+    _hidden: list[Tensor] = in_run(list)  # of the batch that is under way, for the head
+
     def __init__(
         self,
         mask_token: int,
@@ -188,8 +190,6 @@ class MaskedLM(Masking):
             raise MaskingError(f"unit={unit!r} is none of: token, word, span.")
         self.unit, self.head = unit, head
         self.continues = None if continues is None else tuple(continues)
-        self._hooked: Any = None
-        self._hidden: list[Tensor] = []  # of the batch that is under way, for the head
 
     @classmethod
     def of(cls, tokenizer: Any, **arguments: Any) -> MaskedLM:
@@ -219,7 +219,7 @@ class MaskedLM(Masking):
                 "it predict hidden tokens without those behind them. Leave MaskedLM out, or train a model that sees "
                 "both sides, such as a BERT."
             )
-        if self.head is None or self._hooked is not None:
+        if self.head is None:
             return
         try:
             module = pl_module.get_submodule(self.head)
@@ -228,13 +228,7 @@ class MaskedLM(Masking):
             raise MaskingError(
                 f"head={self.head!r} is no module of {type(pl_module).__name__}, whose parts are: {names}."
             ) from None
-        self._hooked = module.register_forward_pre_hook(partial(_keep_hidden, self._hidden))
-
-    def end_run(self, run: Run) -> None:
-        if self._hooked is not None:
-            self._hooked.remove()
-        self._hooked = None
-        self._hidden.clear()
+        run.at_end(module.register_forward_pre_hook(partial(_keep_hidden, self._hidden)).remove)
 
     def hide(self, batch: Any, seed: int) -> Any:
         text = _text(batch)
@@ -255,9 +249,6 @@ class MaskedLM(Masking):
             self._hidden[:] = [hidden]
             labels = ids[hidden][None]
         return _with(batch, out, {"labels": labels})
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_hooked": None, "_hidden": []}  # a copy begins without a model
 
     def _words(self, text: Text) -> Tensor:
         if text.words is not None:

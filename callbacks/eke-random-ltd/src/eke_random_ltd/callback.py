@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from eke import EkeError, Run, Technique, TechniqueCallback
+from eke import EkeError, Run, Technique, TechniqueCallback, in_run
 from eke.seams import interceptor
 from eke.seams.blocks import find_all_blocks, find_attention
 from eke.seams.progress import Until
@@ -122,6 +122,9 @@ class RandomLTD(TechniqueCallback):
     """
 
     technique: ClassVar[Technique] = RECORD
+    _middle: list[interceptor.InterceptedBlocks] = in_run(list)
+    _until: Until | None = in_run(None)
+    _choices: list[Choose] = in_run(list)
 
     def __init__(
         self,
@@ -138,9 +141,6 @@ class RandomLTD(TechniqueCallback):
         if multiple < 1:
             raise RandomLTDError(f"multiple={multiple}: give 1 or more.")
         self.start, self.duration, self.multiple, self.blocks = start, duration, multiple, blocks
-        self._middle: list[interceptor.InterceptedBlocks] = []
-        self._until: Until | None = None
-        self._choices: list[Choose] = []
 
     def check(self, run: Run) -> None:
         if run.fitting:
@@ -199,14 +199,6 @@ class RandomLTD(TechniqueCallback):
 
     def step_kind(self) -> str:
         return f"{self._choices[0].count or 'all'} tokens in the middle" if self._choices else "all tokens"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            **super().__getstate__(),
-            "_middle": [],
-            "_choices": [],
-            "_until": None,
-        }  # a copy begins without a model
 
 
 class Choose:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from eke import Run, TechniqueCallback
+from eke import Run, TechniqueCallback, in_run
 from eke.seams import interceptor
 from eke.seams.blocks import Blocks, find_all_blocks
 from eke.seams.recompute import Policy, Recomputing, recompute, spans
@@ -48,6 +48,9 @@ class Remat(TechniqueCallback):
     """
 
     technique = RECORD
+    _lists: list[Blocks] = in_run(list)
+    _held: list[list[Any]] = in_run(list)
+    _done: list[Recomputing] = in_run(list)
 
     def __init__(
         self,
@@ -64,9 +67,6 @@ class Remat(TechniqueCallback):
         if own not in ("take over", "leave"):
             raise ValueError(f"own={own!r} is neither 'take over' nor 'leave'.")
         self.policy, self.every, self.span, self.blocks, self.own = policy, every, span, blocks, own
-        self._lists: list[Blocks] = []
-        self._held: list[list[Any]] = []
-        self._done: list[Recomputing] = []
 
     def alter_model(self, run: Run) -> None:
         if not run.fitting:
@@ -112,6 +112,3 @@ class Remat(TechniqueCallback):
 
     def _recomputed(self, blocks: list[Any]) -> int:
         return sum(map(len, spans(len(blocks), self.span, self.every)))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_lists": [], "_held": [], "_done": []}

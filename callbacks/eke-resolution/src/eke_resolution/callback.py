@@ -13,11 +13,10 @@ from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import torch
-from eke import EkeError, Run, Technique, TechniqueCallback
+from eke import EkeError, Run, Technique, TechniqueCallback, in_run
 from eke.seams import batch as batches
 from eke.seams.patches import PatchEmbedding, PatchesError, find_images, find_patches, relative_positions
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -115,6 +114,9 @@ class Resolution(TechniqueCallback):
     """
 
     technique: ClassVar[Technique] = RECORD
+    _embedding: PatchEmbedding | None = in_run(None)
+    _full: tuple[int, int] = in_run((0, 0))  # grid of a whole image
+    _grid: tuple[int, int] | None = in_run(None)  # of this batch, where it is another
 
     def __init__(
         self,
@@ -137,10 +139,6 @@ class Resolution(TechniqueCallback):
             raise ResolutionError(f"interpolation={interpolation!r} is none of: bicubic, linear.")
         self.start, self.hold, self.tail, self.mode = start, hold, tail, mode
         self.positions, self.blocks, self.interpolation = positions, blocks, interpolation
-        self._embedding: PatchEmbedding | None = None
-        self._module: LightningModule | None = None
-        self._full: tuple[int, int] = (0, 0)  # grid of a whole image
-        self._grid: tuple[int, int] | None = None  # of this batch, where it is another
 
     def check(self, run: Run) -> None:
         if run.fitting:
@@ -159,10 +157,7 @@ class Resolution(TechniqueCallback):
                 f"{type(pl_module).__name__} has further convolutions before its blocks ({', '.join(embedding.stem)}). "
                 "Resolution serves models that cut images into patches by one."
             )
-        self._embedding, self._module = embedding, pl_module
-
-    def end_run(self, run: Run) -> None:
-        self._embedding = self._module = self._grid = None
+        self._embedding = embedding
 
     def around_step(self, run: Run, call_next: Any, batch: Any, *args: Any) -> Any:
         # Here, and not where batches are altered: whoever looks at the batch after the step finds it as it came.
@@ -189,9 +184,6 @@ class Resolution(TechniqueCallback):
     def step_kind(self) -> str:
         return f"{self._grid[0]} by {self._grid[1]} patches" if self._grid else "all patches"
 
-    def __getstate__(self) -> dict[str, Any]:  # a copy begins without a model
-        return {**super().__getstate__(), "_embedding": None, "_module": None, "_grid": None}
-
     @contextmanager
     def _fitted(self) -> Iterator[None]:
         """The model made for this grid: positions, and the patch embedding or the size that it expects."""
@@ -200,11 +192,11 @@ class Resolution(TechniqueCallback):
         path = self._position_path()
         if path:
             owner, _, name = path.rpartition(".")
-            holder = self._module.get_submodule(owner)
+            holder = self.run.module.get_submodule(owner)
             resized = resize_positions(getattr(holder, name), self._full, self._grid, self.interpolation)
             changes += _stand_in(holder, name, resized)
             if isinstance(holder, nn.Embedding):  # looked up by a buffer of row numbers, beside it
-                changes += _row_numbers(self._module.get_submodule(owner.rpartition(".")[0]), holder, len(resized))
+                changes += _row_numbers(self.run.module.get_submodule(owner.rpartition(".")[0]), holder, len(resized))
         if self.mode == "patches":
             patch = tuple(
                 patch * count // now
@@ -214,8 +206,8 @@ class Resolution(TechniqueCallback):
             changes += [(vars(conv), "kernel_size", patch), (vars(conv), "stride", patch)]
         else:
             size = tuple(count * patch for count, patch in zip(self._grid, self._embedding.patch, strict=True))
-            changes += _expected_sizes(self._module, self._embedding, self._full, size)
-        changes += _expected_counts(self._module, self._embedding, self._full, self._grid)
+            changes += _expected_sizes(self.run.module, self._embedding, self._full, size)
+        changes += _expected_counts(self.run.module, self._embedding, self._full, self._grid)
         with _changed(changes):
             yield
 
@@ -227,7 +219,7 @@ class Resolution(TechniqueCallback):
         path = self._embedding.path
         while path and not fitting:  # from the convolution outwards: of two towers, each has its own
             path = path.rpartition(".")[0]
-            around = self._module.get_submodule(path)
+            around = self.run.module.get_submodule(path)
             prefix = f"{path}." if path else ""
             fitting = [
                 prefix + name
@@ -236,8 +228,9 @@ class Resolution(TechniqueCallback):
                 and not isinstance(around.get_submodule(name.rpartition(".")[0]), nn.Linear)
             ]
         if len(fitting) != 1:
+            name = type(self.run.module).__name__
             raise ResolutionError(
-                f"{len(fitting)} parameters of {type(self._module).__name__} have a row for each of {patches} patches "
+                f"{len(fitting)} parameters of {name} have a row for each of {patches} patches "
                 f"of width {width}{': ' + ', '.join(fitting) if fitting else ''}. Name the position embedding, as "
                 "Resolution(positions='vit.pos_embed'), or give positions='' if the model takes any size by itself."
             )

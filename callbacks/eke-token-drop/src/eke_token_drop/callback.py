@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from eke import EkeError, Run, Technique, TechniqueCallback
+from eke import EkeError, Run, Technique, TechniqueCallback, in_run
 from eke.seams import interceptor
 from eke.seams.batch import tensors
 from eke.seams.blocks import Blocks, find_blocks
@@ -75,6 +75,8 @@ class TokenDrop(TechniqueCallback):
     """
 
     technique: ClassVar[Technique] = RECORD
+    _entrances: list[Entrance] = in_run(list)
+    _leave: list[LeaveOut] = in_run(list)  # of this batch, one for each entrance
 
     def __init__(
         self,
@@ -92,8 +94,6 @@ class TokenDrop(TechniqueCallback):
         if prefix is not None and prefix < 0:
             raise TokenDropError(f"prefix={prefix}: give 0 or more tokens.")
         self.drop, self.tail, self.schedule, self.prefix, self.blocks = drop, tail, schedule, prefix, blocks
-        self._entrances: list[Entrance] = []
-        self._leave: list[LeaveOut] = []  # of this batch, one for each entrance
 
     def check(self, run: Run) -> None:
         if run.fitting and (self.tail > 0 or self.schedule == "linear"):
@@ -101,8 +101,6 @@ class TokenDrop(TechniqueCallback):
 
     def alter_model(self, run: Run) -> None:
         pl_module = run.module
-        if self._entrances:
-            return
         entrances = [Entrance(found) for found in self._lists(pl_module)]
         for one in entrances:
             if pairs := relative_positions(one.blocks.container):
@@ -186,9 +184,6 @@ class TokenDrop(TechniqueCallback):
 
     def step_kind(self) -> str:
         return f"{self._leave[0].left} patches" if self._leave else "all patches"
-
-    def __getstate__(self) -> dict[str, Any]:  # a copy begins without a model
-        return {**super().__getstate__(), "_entrances": [], "_leave": []}
 
 
 class Entrance:

@@ -7,11 +7,10 @@ https://arxiv.org/abs/2210.09461, section 3. Survey section 2.2.
 from __future__ import annotations
 
 from functools import partial
-from math import isfinite
 from typing import Any, ClassVar
 
 import torch
-from eke import Run, Technique, TechniqueCallback
+from eke import Run, Technique, TechniqueCallback, in_run
 from eke.seams import interceptor
 from eke.seams.anatomy import AttentionSite, attention_sites
 from eke.seams.blocks import Blocks, find_blocks
@@ -94,6 +93,10 @@ class TokenMerge(TechniqueCallback):
     """
 
     technique: ClassVar[Technique] = RECORD
+    _found: Blocks | None = in_run(None)
+    _held: list[nn.Module] = in_run(list)
+    _state: dict[str, Any] = in_run(dict)
+    _merges: bool = in_run(False)
 
     def __init__(
         self,
@@ -113,12 +116,10 @@ class TokenMerge(TechniqueCallback):
             raise ValueError(f"prefix={prefix}: give 0 or more tokens.")
         self.count, self.tail, self.proportional, self.evaluate = count, tail, proportional, evaluate
         self.prefix, self.blocks = prefix, blocks
-        self._found: Blocks | None = None
-        self._held: list[nn.Module] = []
-        self._hooks: list[Any] = []
-        self._state: dict[str, Any] = {}
-        self._total = float("inf")
-        self._merges = False
+
+    def check(self, run: Run) -> None:
+        if run.fitting and self.tail > 0:
+            run.until(1 - self.tail, "tail")  # which goes by the length of the run
 
     def alter_model(self, run: Run) -> None:
         pl_module = run.module
@@ -128,38 +129,26 @@ class TokenMerge(TechniqueCallback):
                 f"The blocks at {self._found.path!r} hold relative positions ({pairs[0]}), for all tokens in their "
                 "places: none can be merged. TokenMerge serves blocks without, such as ViT's."
             )
-        if self.prefix is None and not self._hooks:
+        if self.prefix is None:
             try:
                 embedding = find_patches(pl_module, self.blocks)
             except PatchesError as error:
                 raise PatchesError(f"{error} Say how many tokens precede the patches: TokenMerge(prefix=1).") from None
-            self._hooks.append(embedding.module.register_forward_hook(partial(_count, self._state)))
+            run.at_end(embedding.module.register_forward_hook(partial(_count, self._state)).remove)
         for block in self._found:
             if not attention_sites(block):
                 raise PatchesError(
                     f"A {type(block).__name__} has no attention whose keys are to be found; TokenMerge compares them."
                 )
-        if self.evaluate and pl_module.trainer.state.fn != "fit":
+        if self.evaluate and not run.fitting:
             self._switch(True)
 
     def end_run(self, run: Run) -> None:
         self._switch(False)
-        for hook in self._hooks:
-            hook.remove()
         interceptor.detach(self._held, RECORD.name)
-        self._hooks, self._held = [], []
-        self._state.clear()
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._total = trainer.estimated_stepping_batches
-        if self.tail > 0 and not isfinite(self._total):
-            raise MisconfigurationException(
-                f"TokenMerge(tail={self.tail}) goes by the length of the run, which is not known. Give "
-                "Trainer(max_steps=...), or tail=0."
-            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        merges = self.count > 0 and (self.tail == 0 or self.progress.steps / self._total < 1 - self.tail)
+        merges = self.count > 0 and (self.tail == 0 or self.progress.share < 1 - self.tail)
         if merges or self._merges:
             self._switch(merges)
 
@@ -171,16 +160,6 @@ class TokenMerge(TechniqueCallback):
 
     def step_kind(self) -> str:
         return f"{self._state.get('left', 0)} patches at the end" if self._merges else "all patches"
-
-    def __getstate__(self) -> dict[str, Any]:  # a copy begins without a model
-        return {
-            **super().__getstate__(),
-            "_found": None,
-            "_held": [],
-            "_hooks": [],
-            "_state": {},
-            "_merges": False,
-        }
 
     def _switch(self, merges: bool) -> None:
         self._merges = merges

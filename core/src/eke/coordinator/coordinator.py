@@ -13,7 +13,7 @@ from eke.coordinator import checkpoint as checkpoints
 from eke.coordinator import opening
 from eke.coordinator.hooks import HOOKS, Hooks
 from eke.coordinator.wiring import Wiring
-from eke.run import Run, Shared
+from eke.run import Run, Shared, forget_run
 from eke.seams import state
 from eke.seams.data import Position
 from eke.seams.masks import Masks
@@ -156,6 +156,7 @@ class Coordinator(Hooks):
             self.runs, self._passes, self._before_step = {}, None, []
             for technique in self.techniques:
                 technique._run = None
+                forget_run(technique)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.close()

@@ -9,7 +9,7 @@ import math
 from typing import Any, ClassVar
 
 import torch
-from eke import Run, Technique, TechniqueCallback
+from eke import Run, Technique, TechniqueCallback, in_run
 from eke.seams.names import NamesError, match
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -58,6 +58,11 @@ class Attention(TechniqueCallback):
     """
 
     technique: ClassVar[Technique] = RECORD
+    _sites: list[Site] = in_run(list)
+    _others: list[Site] = in_run(list)  # which are not among layers
+    _fixed: dict[tuple[Any, ...], BlockPattern] = in_run(dict)
+    _training: bool = in_run(False)
+    _steps: int = in_run(0)
 
     def __init__(
         self, pattern: Pattern | None = None, kernel: str = "auto", *, layers: list[str] | None = None
@@ -69,22 +74,14 @@ class Attention(TechniqueCallback):
                 f"{', '.join(able)}."
             )
         self.pattern, self.kernel, self.layers = pattern, kernel, layers
-        self._sites: list[Site] = []
-        self._others: list[Site] = []  # which are not among layers
         self._kept: dict[str, dict[str, Any]] = {}  # what patterns know, before training and after it
-        self._fixed: dict[tuple[Any, ...], BlockPattern] = {}
-        self._used, self._why, self._training = "", "", False
-        self._trainer: Trainer | None = None
-        self._steps = 0
+        self._used, self._why = "", ""
 
     def check(self, run: Run) -> None:
-        trainer = run.trainer
-        device = trainer.strategy.root_device
-        if why := refusal(self.kernel, device):
+        if why := refusal(self.kernel, run.device):
             raise AttentionError(f"Attention(kernel={self.kernel!r}) cannot run here: {why}. Take kernel='auto'.")
-        self._used, self._why = self._choose(device)
-        self._trainer = trainer
-        if trainer.state.fn == "fit":
+        self._used, self._why = self._choose(run.device)
+        if run.fitting:
             self._kept = {}  # a new run; one that goes on gets its own back after this
 
     def on_this_machine(self) -> str:
@@ -106,8 +103,6 @@ class Attention(TechniqueCallback):
 
     def alter_model(self, run: Run) -> None:
         pl_module = run.module
-        if self._sites:
-            return
         sites, left = install(pl_module, self._attend)
         wanted = [site.path for site in sites]
         if self.layers is not None and (sites or left):
@@ -145,8 +140,6 @@ class Attention(TechniqueCallback):
         if self._sites:
             self._kept = self._memory()
             self._remove([*self._sites, *self._others])
-        self._sites, self._others, self._fixed, self._trainer = [], [], {}, None
-        self._training = False
 
     # ------------------------------------------------------------------ a step
 
@@ -175,9 +168,9 @@ class Attention(TechniqueCallback):
             self.pattern.after_step({site.path: site.layer for site in self._sites}, self._steps, self._mean)
 
     def _mean(self, tensor: Tensor) -> Tensor:
-        if self._trainer is None or self._trainer.world_size == 1:
+        if self.run.world_size == 1:
             return tensor
-        return self._trainer.strategy.reduce(tensor.to(self._trainer.strategy.root_device), reduce_op="mean")
+        return self.run.trainer.strategy.reduce(tensor.to(self.run.device), reduce_op="mean")
 
     def _attend(self, site: Site, call: Call) -> Tensor:
         if self.pattern is None:
@@ -229,9 +222,6 @@ class Attention(TechniqueCallback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._kept = state["layers"]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_sites": [], "_others": [], "_fixed": {}, "_trainer": None}
 
 
 def _masked(call: Call, mod: Any) -> Call:

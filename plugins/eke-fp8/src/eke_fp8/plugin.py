@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from eke import Run, Technique, TechniqueCallback
+from eke import Run, Technique, TechniqueCallback, in_run
 from eke.seams.blocks import BlocksError, find_all_blocks
 from eke.seams.layers import is_conv1d, restore, swap, swapped
 from eke.seams.linear import features
@@ -126,6 +126,8 @@ class FP8(TechniqueCallback):
     """
 
     technique: ClassVar[Technique] = RECORD
+    _module: LightningModule | None = in_run(None)  # in training, when its layers hold what is remembered
+    _steps: int = in_run(0)
 
     def __init__(
         self,
@@ -157,20 +159,17 @@ class FP8(TechniqueCallback):
         self.recipe, self.backend, self.layers, self.keep = recipe, backend, layers, list(keep or ())
         self.min_features, self.stochastic = min_features, stochastic
         self.history, self.margin = 1024 if history is None else history, margin or 0
-        self._module: LightningModule | None = None
-        self._taken: list[str] = []  # names of the layers that multiply in FP8
-        self._used, self._why, self._steps = "", "", 0
+        self._used, self._why = "", ""
         self._kept: dict[str, Any] = {}  # what layers remember, before training and after it
 
     def check(self, run: Run) -> None:
-        trainer = run.trainer
-        if isinstance(trainer.precision_plugin, TransformerEnginePrecision):
+        if isinstance(run.trainer.precision_plugin, TransformerEnginePrecision):
             raise FP8Error(
                 "The Trainer's precision is Lightning's Transformer Engine plugin, which converts layers too. Leave "
                 "it out: "
                 "FP8 needs no precision of its own, and precision='bf16-mixed' goes well with it."
             )
-        self._used, self._why = pick(self.backend, self.recipe, trainer.strategy.root_device)
+        self._used, self._why = pick(self.backend, self.recipe, run.device)
         self._kept = {}  # a new run; one that goes on gets its own back after this
 
     def on_this_machine(self) -> str:
@@ -179,8 +178,6 @@ class FP8(TechniqueCallback):
 
     def alter_model(self, run: Run) -> None:
         pl_module = run.module
-        if self._taken:
-            return
         restore(pl_module, RECORD.name)  # a copy of a model in training comes with its layers
         multiple = 32 if self.recipe == "mx" else 16
         choice = choose(pl_module, self.layers, self.keep, self.min_features, multiple, conv1d=self._used != "te")
@@ -191,7 +188,6 @@ class FP8(TechniqueCallback):
             )
         self._announce(choice, pl_module.device)
         swap(pl_module, choice.taken, self._build, RECORD.name)
-        self._taken = choice.taken
 
     def _build(self, layer: nn.Module) -> nn.Module:
         if self._used == "emulation":
@@ -210,12 +206,9 @@ class FP8(TechniqueCallback):
             rank_zero_info(text)
 
     def end_run(self, run: Run) -> None:
-        pl_module = run.module
         if self._module is not None:
-            self._kept = self._memory(pl_module)
-        self._module = None
-        restore(pl_module, RECORD.name)
-        self._taken = []
+            self._kept = self._memory(run.module)
+        restore(run.module, RECORD.name)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._module, self._steps = pl_module, self.progress.steps
@@ -274,9 +267,6 @@ class FP8(TechniqueCallback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._kept = state["layers"]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_module": None, "_taken": []}  # a copy begins without a model
 
 
 def _listed(left: dict[str, str]) -> str:
