@@ -22,8 +22,8 @@ from typing import Any
 REPO = Path(__file__).parents[1]
 # Those that fork first: a process that has met the card cannot.
 CHECKS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("test_a_run_with_dropout_killed_in_mid_epoch_resumes_to_the_same_bits", {}),
-    ("test_a_run_killed_within_an_accumulation_window_resumes_to_the_same_bits", {}),
+    ("test_a_run_killed_in_mid_epoch_resumes_to_the_same_bits", {}),
+    ("test_a_run_with_accumulated_gradients_resumes_to_the_same_bits", {}),
     ("test_its_checkpoint_loads_without_it_or_says_why_not", {}),
     ("test_it_trains_and_every_weight_moves", {"shape": None}),
     ("test_it_trains_in_bf16", {}),

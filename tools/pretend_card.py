@@ -117,7 +117,7 @@ class Pretend(TorchDispatchMode):
 
 
 REAL = ("adam8bit", "adam8bit, torchao", "fp8, torchao tensorwise", "fp8, torchao rowwise", "peft, nf4")  # need a card
-CHECKS = ("killed_within", "it_trains_and", "fails_cleanly", "fits_twice", "weights_only", "pickles")
+CHECKS = ("accumulated_gradients_resumes", "it_trains_and", "fails_cleanly", "fits_twice", "weights_only", "pickles")
 MOVES = {"_to_copy", "copy_", "_copy_from", "to", "record_stream", "_pin_memory", "is_pinned"}
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}  # a GPU takes their indices from the CPU
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from eke.seams.scores import ScoresError, fingerprint
-from eke.testing import TinyBlocks, TinyViT, fit
+from eke.testing import Cut, TinyBlocks, TinyViT, fit
 from eke.testing.data import BATCH, Images
 from eke.testing.models import STEPS
 from eke_data_scores import Pruned, Score, Scores, choose, el2n
@@ -188,8 +188,7 @@ def test_a_pruned_run_resumes_to_the_same_bits(tmp_path):
     file = tmp_path / "scores.npz"
     Scores("el2n", torch.rand(COUNT, dtype=torch.float64), 1, fingerprint(Images(COUNT))).save(file)
     subject = checks.Subject(build=lambda: Pruned(file, 0.5), model=TinyViT)
-    checks.resumes(subject, after_steps=3, loader=shuffled, random=True)
-    checks.resumes(subject, after_epochs=2, loader=shuffled, random=True)
+    checks.resumes(subject, Cut(steps=3), Cut(epochs=2), killed=False, loader=shuffled, random=True)
 
 
 def test_scores_of_other_data_and_losses_without_classes_are_refused(tmp_path):

@@ -8,6 +8,7 @@ import torch
 from eke.testing import (
     SHAPES,
     CallbackContract,
+    Cut,
     Loader,
     RankError,
     TinyBlocks,
@@ -207,19 +208,19 @@ def test_each_step_is_taken_down():
 
 
 def test_a_resumed_run_starts_after_the_kill_from_what_the_checkpoint_holds():
-    unbroken, resumed = resume(TinyViT, Callback, after_steps=5)
+    unbroken, (resumed,) = resume(TinyViT, Callback, [Cut(steps=5)])
     assert list(resumed["steps"]) == list(unbroken["steps"])[5:]
     assert_same(unbroken["weights"], resumed["weights"], "weights")
 
 
 def test_a_stock_loader_that_shuffles_does_not_resume_without_eke():
     with pytest.raises(AssertionError, match="trained|differs|'batch'"):
-        resumes(Subject(Callback), after_steps=6, loader=shuffled)
+        resumes(Subject(Callback), Cut(steps=6), loader=shuffled)
 
 
 def test_dropout_does_not_resume_without_eke():
     with pytest.raises(AssertionError, match="loss"):
-        resumes(Subject(Callback), after_epochs=1, dropout=0.1)
+        resumes(Subject(Callback), Cut(epochs=1), dropout=0.1)
 
 
 # Refusals

@@ -2,7 +2,7 @@ from functools import partial
 
 import faulty
 import pytest
-from eke.testing import RankError, checks, run_alone, shuffled
+from eke.testing import Cut, RankError, checks, run_alone, shuffled
 from eke.testing.checks import Subject
 
 # The tests of the contract, each as the call that it makes.
@@ -10,8 +10,8 @@ STOCK = {"loader": shuffled, "random": True}
 CHECKS = {
     "trains": checks.trains,
     "loss": checks.loss_falls,
-    "epoch end": lambda subject: checks.resumes(subject, after_epochs=2, **STOCK),
-    "mid-epoch": lambda subject: checks.resumes(subject, after_steps=9, **STOCK),
+    "epoch end": lambda subject: checks.resumes(subject, Cut(epochs=2), **STOCK),
+    "mid-epoch": lambda subject: checks.resumes(subject, Cut(steps=9), **STOCK),
     "random state": checks.leaves_the_random_state_alone,
     "off": checks.changes_nothing_when_off,
     "model as before": checks.leaves_the_model_as_it_was,

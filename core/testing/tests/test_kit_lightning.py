@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from eke.testing import TinyBlocks, checks
+from eke.testing import Cut, TinyBlocks, checks
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BackboneFinetuning, ModelPruning
 
@@ -28,13 +28,13 @@ def finetuning():
 
 
 def test_model_pruning_does_not_resume_at_an_epoch_end():
-    with pytest.raises(AssertionError, match=r"(?s)then of the resumed one:\n.*loss"):
-        checks.resumes(pruning(), after_epochs=1)
+    with pytest.raises(AssertionError, match=r"(?s)then of the one resumed\n.*loss"):
+        checks.resumes(pruning(), Cut(epochs=1))
 
 
 def test_model_pruning_does_not_resume_in_mid_epoch():
-    with pytest.raises(AssertionError, match=r"(?s)then of the resumed one:\n.*loss"):
-        checks.resumes(pruning(), after_steps=6)
+    with pytest.raises(AssertionError, match=r"(?s)then of the one resumed\n.*loss"):
+        checks.resumes(pruning(), Cut(steps=6))
 
 
 def test_model_pruning_leaves_the_model_pruned_after_an_exception():
@@ -42,13 +42,13 @@ def test_model_pruning_leaves_the_model_pruned_after_an_exception():
         checks.fails_cleanly(pruning(), "training_step")
 
 
-@pytest.mark.parametrize("cut", [{"after_epochs": 2}, {"after_steps": 9}], ids=["epoch end", "mid-epoch"])
+@pytest.mark.parametrize("cut", [Cut(epochs=2), Cut(steps=9)], ids=["epoch end", "mid-epoch"])
 def test_backbone_finetuning_freezes_again_on_resume(cut):
     with pytest.raises(AssertionError, match=r"\['frozen'\] has 0 entries, then \d+"):
-        checks.resumes(finetuning(), **cut)
+        checks.resumes(finetuning(), cut)
 
 
 @pytest.mark.parametrize("model", [TinyBlocks, Backbone])
-@pytest.mark.parametrize("cut", [{"after_epochs": 2}, {"after_steps": 9}], ids=["epoch end", "mid-epoch"])
+@pytest.mark.parametrize("cut", [Cut(epochs=2), Cut(steps=9)], ids=["epoch end", "mid-epoch"])
 def test_without_them_the_same_runs_resume(model, cut):
-    checks.resumes(checks.Subject(Callback, model=model), **cut)
+    checks.resumes(checks.Subject(Callback, model=model), cut)

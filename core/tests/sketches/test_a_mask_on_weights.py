@@ -5,7 +5,7 @@ Source of the schedule: Zhu and Gupta, "To prune, or not to prune", 2017, https:
 
 import eke
 import pytest
-from eke.testing import TechniqueContract, TinyBlocks, assert_same, fit
+from eke.testing import Cut, TechniqueContract, TinyBlocks, assert_same, fit
 from eke.testing.run import resume
 from sketch_mask import Prune
 
@@ -37,7 +37,7 @@ def test_at_the_end_each_matrix_has_the_density_that_was_asked_for_and_its_zeros
 
 
 def test_a_resumed_run_has_the_masks_of_the_unbroken_one():
-    unbroken, resumed = resume(lambda seed: TinyBlocks(seed=seed), Prune, after_steps=6)
+    unbroken, (resumed,) = resume(lambda seed: TinyBlocks(seed=seed), Prune, [Cut(steps=6)])
     masks = [state["saved"]["eke"]["masks"] for state in (unbroken, resumed)]
     assert_same(*masks, "masks in the checkpoint of the unbroken run, then of the resumed one")
     assert len(masks[0]["prune"]["masks"]) == 8

@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     from eke.testing.models import LAYERS, SHAPES, WIDTH, TinyBlocks, TinyGPT2, TinyTransformer, TinyViT, hugging_face
     from eke.testing.pairs import build_example, check_pair, check_together, example_model
     from eke.testing.ranks import RankError, run_alone, run_ranks
-    from eke.testing.run import Run, fit, resume
+    from eke.testing.run import Cut, Run, fit, resume
 
 __all__ = [
     "BATCH",
     "CallbackContract",
+    "Cut",
     "Images",
     "LAYERS",
     "LENGTH",
@@ -63,7 +64,7 @@ _HOME = {
     "models": ["LAYERS", "SHAPES", "WIDTH", "TinyBlocks", "TinyGPT2", "TinyTransformer", "TinyViT", "hugging_face"],
     "pairs": ["build_example", "check_pair", "check_together", "example_model"],
     "ranks": ["RankError", "run_alone", "run_ranks"],
-    "run": ["Run", "fit", "resume"],
+    "run": ["Cut", "Run", "fit", "resume"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

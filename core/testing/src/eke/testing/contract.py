@@ -12,7 +12,7 @@ from eke.testing import checks, effects
 from eke.testing.certify import EXCEPTED
 from eke.testing.data import Loader, shuffled
 from eke.testing.models import SHAPES, STEPS, TinyBlocks, TinyGPT2, TinyModel
-from eke.testing.run import EPOCHS
+from eke.testing.run import EPOCHS, Cut
 
 
 def exercises(**what: str) -> Callable[[Callable], Callable]:
@@ -45,6 +45,7 @@ class CallbackContract:
     arguments: ClassVar[Mapping[str, Any]] = {}  # by which a LightningCLI builds it
     options: ClassVar[Mapping[str, Any]] = {}  # Trainer arguments of every run
     resuming: ClassVar[Mapping[str, Any]] = {}  # arguments of every check that resumes
+    within_windows: tuple[Cut, ...] = ()  # further cuts of a run that accumulates two batches
     exceptions: ClassVar[Mapping[str, str]] = {}  # name of a test to the sentence why it cannot hold
 
     def build(self) -> object:
@@ -87,18 +88,20 @@ class CallbackContract:
     def test_the_loss_falls(self) -> None:
         checks.loss_falls(self.subject())
 
-    def test_a_run_killed_at_an_epoch_end_resumes_to_the_same_bits(self, cut_epochs: int) -> None:
-        checks.resumes(self.subject(), after_epochs=cut_epochs, **self.resuming)
+    def test_a_run_resumed_at_an_epoch_end_reaches_the_same_bits(self) -> None:
+        cuts = [Cut(epochs=epoch) for epoch in range(1, self.epochs)]
+        checks.resumes(self.subject(), *cuts, killed=False, **self.resuming)
 
-    def test_a_run_killed_in_mid_epoch_resumes_to_the_same_bits(self, cut_steps: int) -> None:
-        checks.resumes(self.subject(), after_steps=cut_steps, **self.resuming)
+    def test_a_run_killed_in_mid_epoch_resumes_to_the_same_bits(self) -> None:
+        checks.resumes(self.subject(), *(Cut(steps=step) for step in self.cuts), **self.resuming)
 
     def test_a_run_with_loader_workers_resumes_to_the_same_bits(self) -> None:
-        checks.resumes(self.subject(), after_steps=self.cuts[-1], workers=1, **self.resuming)
+        checks.resumes(self.subject(), Cut(steps=self.cuts[-1]), killed=False, workers=1, **self.resuming)
 
     def test_a_run_with_accumulated_gradients_resumes_to_the_same_bits(self) -> None:
-        steps = 2 * self.steps
-        checks.resumes(self.subject(steps=steps), after_steps=self.cuts[0], accumulate_grad_batches=2, **self.resuming)
+        subject = self.subject(steps=2 * self.steps)
+        cuts = [Cut(steps=self.cuts[0]), *self.within_windows]
+        checks.resumes(subject, *cuts, killed=False, accumulate_grad_batches=2, **self.resuming)
 
     def test_it_leaves_the_global_random_state_alone(self) -> None:
         checks.leaves_the_random_state_alone(self.subject())
@@ -157,10 +160,6 @@ class CallbackContract:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "shape" in metafunc.fixturenames:
             metafunc.parametrize("shape", SHAPES, ids=[shape.__name__ for shape in SHAPES])
-        if "cut_epochs" in metafunc.fixturenames:
-            metafunc.parametrize("cut_epochs", range(1, self.epochs))
-        if "cut_steps" in metafunc.fixturenames:
-            metafunc.parametrize("cut_steps", self.cuts)
 
     @pytest.fixture(autouse=True)
     def skip_what_cannot_hold(self, request: pytest.FixtureRequest) -> None:
@@ -194,11 +193,16 @@ class TechniqueContract(CallbackContract):
             def build(self):
                 return Stacking(...)
 
-    Exceptions are read from the technique's record. Runs that resume have a stock loader that shuffles, and the
-    global random state is compared: the core keeps both.
+    Exceptions are read from the technique's record. Runs that resume have a stock loader that shuffles and a model with
+    dropout, are cut within accumulation windows too, and the global random state is compared: the core keeps all of it.
     """
 
-    resuming: ClassVar[Mapping[str, Any]] = {"loader": shuffled, "random": True}
+    resuming: ClassVar[Mapping[str, Any]] = {"loader": shuffled, "random": True, "dropout": 0.1}
+
+    @property
+    def within_windows(self) -> tuple[Cut, ...]:  # the core keeps the gradients of a window that is cut
+        return (Cut(batches=2 * self.cuts[0] + 1),)
+
     unseen: ClassVar[Mapping[str, str]] = {}  # effects that a run of a dozen steps cannot show, to the sentence why
 
     def test_it_has_a_record(self) -> None:
@@ -213,16 +217,6 @@ class TechniqueContract(CallbackContract):
 
     def test_each_effect_of_its_record_is_seen_and_no_other(self) -> None:
         effects.proves_its_effects(self.subject(), self.unseen)
-
-    def test_a_run_with_dropout_resumes_to_the_same_bits(self) -> None:
-        checks.resumes(self.subject(), after_epochs=1, dropout=0.1, **self.resuming)
-
-    def test_a_run_with_dropout_killed_in_mid_epoch_resumes_to_the_same_bits(self) -> None:
-        checks.resumes(self.subject(), after_steps=self.cuts[-1], dropout=0.1, **self.resuming)
-
-    def test_a_run_killed_within_an_accumulation_window_resumes_to_the_same_bits(self) -> None:
-        subject = self.subject(steps=2 * self.steps)
-        checks.resumes(subject, after_batches=2 * self.cuts[0] + 1, accumulate_grad_batches=2, **self.resuming)
 
     def test_beside_a_second_pass_it_sees_one_step(self) -> None:
         checks.sees_one_step_beside_a_second_pass(self.subject())

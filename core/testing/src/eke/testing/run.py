@@ -129,16 +129,36 @@ def make_trainer(
     return trainer
 
 
+@dataclass(frozen=True)
+class Cut:
+    """When a checkpoint is written from which a run goes on: at the end of this many ``epochs``, or after this many
+    optimizer ``steps``, or after this many ``batches``, which may be within an accumulation window."""
+
+    epochs: int = 0
+    steps: int = 0
+    batches: int = 0
+
+    def saves(self, file: Path) -> Callback:
+        """The callback that writes it."""
+        if self.epochs:
+            return ModelCheckpoint(
+                file.parent, file.stem, every_n_epochs=self.epochs, save_on_train_epoch_end=True, save_top_k=-1
+            )
+        if self.steps:
+            return ModelCheckpoint(file.parent, file.stem, every_n_train_steps=self.steps, save_top_k=-1)
+        return SaveAfter(file, self.batches)
+
+
 def resume(
     model: Callable[..., LightningModule],
     build: Callable[[], object],
+    cuts: Sequence[Cut],
     *,
-    after_epochs: int = 0,
-    after_steps: int = 0,
-    after_batches: int = 0,
+    killed: bool = True,
     **options: Any,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Train once through; train again, die, and go on in another process. Return both states.
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Train once through, and go on from each cut in another process. Return the state of the unbroken run, and those
+    of the resumed ones.
 
     The process that goes on has a model with other initial weights, a new technique object and another global
     seed, so all that is equal came through the checkpoint.
@@ -146,42 +166,47 @@ def resume(
     Args:
         model: Builds the model; called with ``seed``.
         build: Builds the technique, or a list of several.
-        after_epochs: Die once the checkpoint at the end of this many epochs is written, or
-        after_steps: once the checkpoint after this many optimizer steps is written, or
-        after_batches: once one after this many batches is written, which may be within an accumulation window.
+        cuts: When checkpoints are written, in this order.
+        killed: Whether the process that writes them is another one than the unbroken run's, and dies at the last;
+            else the unbroken run writes them in passing, and one training is saved.
         options: For :func:`fit`.
     """
-    cut = {"after_epochs": after_epochs, "after_steps": after_steps, "after_batches": after_batches}
-    unbroken = run_alone(lambda: fit(model(seed=0), *_listed(build()), **options).state)
     with tempfile.TemporaryDirectory() as folder:
-        ckpt = interrupt(folder, model, build, **cut, **options)
-        resumed = run_alone(lambda: fit(model(seed=1), *_listed(build()), seed=1, ckpt=ckpt, **options).state)
+        files = [Path(folder, str(number), "cut.ckpt") for number in range(len(cuts))]
+        if killed:
+            unbroken = run_alone(lambda: fit(model(seed=0), *_listed(build()), **options).state)
+            interrupt(files, model, build, cuts, **options)
+        else:
+            saves = [cut.saves(file) for cut, file in zip(cuts, files, strict=True)]
+            given = {**options, "callbacks": [*options.get("callbacks", ()), *saves]}
+            unbroken = run_alone(lambda: fit(model(seed=0), *_listed(build()), **given).state)
+            _written(files)
+        resumed = [
+            run_alone(lambda file=file: fit(model(seed=1), *_listed(build()), seed=1, ckpt=file, **options).state)
+            for file in files
+        ]
     return unbroken, resumed
 
 
 def interrupt(
-    folder: str,
+    files: Sequence[Path],
     model: Callable[..., LightningModule],
     build: Callable[[], object],
-    *,
-    after_epochs: int = 0,
-    after_steps: int = 0,
-    after_batches: int = 0,
+    cuts: Sequence[Cut],
     **options: Any,
-) -> Path:
-    """Train in a process of its own that dies once a checkpoint is written; return the checkpoint's path."""
-    ckpt = Path(folder, "cut.ckpt")
-    if after_epochs:
-        save = ModelCheckpoint(folder, "cut", every_n_epochs=after_epochs, save_on_train_epoch_end=True)
-    elif after_steps:
-        save = ModelCheckpoint(folder, "cut", every_n_train_steps=after_steps)
-    else:
-        save = SaveAfter(ckpt, after_batches)
-    callbacks = [*options.pop("callbacks", ()), save, PowerCut(ckpt)]
+) -> None:
+    """Train in a process of its own that writes a checkpoint at each cut, and dies once the last is written."""
+    saves = [cut.saves(file) for cut, file in zip(cuts, files, strict=True)]
+    callbacks = [*options.pop("callbacks", ()), *saves, PowerCut(files[-1])]
     end = run_alone(lambda: fit(model(seed=0), *_listed(build()), callbacks=callbacks, **options).state)
-    if end is not None or not ckpt.exists():
+    if end is not None:
         raise AssertionError("the run ended before its checkpoint was written.")
-    return ckpt
+    _written(files)
+
+
+def _written(files: Sequence[Path]) -> None:
+    if not all(file.exists() for file in files):
+        raise AssertionError("the run ended before its checkpoint was written.")
 
 
 class PowerCut(Callback):

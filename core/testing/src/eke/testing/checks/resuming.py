@@ -16,44 +16,37 @@ from eke.testing.ranks import run_ranks
 
 def resumes(
     subject: Subject,
-    *,
-    after_epochs: int = 0,
-    after_steps: int = 0,
-    after_batches: int = 0,
+    *cuts: run.Cut,
+    killed: bool = True,
     dropout: float = 0.0,
     random: bool = False,
     **options: Any,
 ) -> None:
-    """A run killed after a checkpoint and resumed in a fresh process ends in the same state, bit for bit.
+    """A run that goes on from a checkpoint in a fresh process ends in the state of an unbroken one, bit for bit.
 
     Args:
         subject: What is checked.
-        after_epochs: Kill at the end of this many epochs, or
-        after_steps: after this many optimizer steps, or
-        after_batches: after this many batches.
+        cuts: When checkpoints are written, in this order; the run is resumed from each.
+        killed: Whether the process that writes them dies at the last; else the unbroken run writes them in passing.
         dropout: Of the model. Needs a technique whose checkpoints hold the global random state.
         random: Whether the global random state is compared too.
         options: For :func:`eke.testing.fit`.
     """
     options = {"epochs": subject.epochs, "steps": subject.steps, **subject.options, **options}
-    unbroken, resumed = run.resume(
-        lambda seed: subject.model(seed=seed, dropout=dropout),
-        subject.build,
-        after_epochs=after_epochs,
-        after_steps=after_steps,
-        after_batches=after_batches,
-        **options,
+    unbroken, every = run.resume(
+        lambda seed: subject.model(seed=seed, dropout=dropout), subject.build, cuts, killed=killed, **options
     )
     per_step = options.get("accumulate_grad_batches", 1)
-    done = after_epochs * options["steps"] or after_steps * per_step or after_batches
-    left = list(unbroken["steps"])[done:]
-    if after_epochs and subject.chooses_samples:
-        left = [name for name in unbroken["steps"] if int(name.split()[1]) >= after_epochs]
-    assert list(resumed["steps"]) == left, (
-        f"batches after the kill: {some(left)}; the resumed run trained: {some(list(resumed['steps']))}"
-    )
-    pair = [comparable(state, random, left) for state in (unbroken, resumed)]
-    assert_same(*pair, "state of the unbroken run, then of the resumed one")
+    for cut, resumed in zip(cuts, every, strict=True):
+        done = cut.epochs * options["steps"] or cut.steps * per_step or cut.batches
+        left = list(unbroken["steps"])[done:]
+        if cut.epochs and subject.chooses_samples:
+            left = [name for name in unbroken["steps"] if int(name.split()[1]) >= cut.epochs]
+        assert list(resumed["steps"]) == left, (
+            f"batches after {cut}: {some(left)}; the resumed run trained: {some(list(resumed['steps']))}"
+        )
+        pair = [comparable(state, random, left) for state in (unbroken, resumed)]
+        assert_same(*pair, f"state of the unbroken run, then of the one resumed from {cut}")
 
 
 def ranks_resume(subject: Subject, *, after_batches: int, **options: Any) -> None:
@@ -100,7 +93,8 @@ def loads_without_it(subject: Subject) -> str | None:
     """Its checkpoint resumes in a run without it, or is refused with words that name it. Returns the refusal."""
     with tempfile.TemporaryDirectory() as folder:
         options = {"epochs": subject.epochs, "steps": subject.steps, **subject.options}
-        ckpt = run.interrupt(folder, lambda seed: subject.model(seed=seed), subject.build, after_epochs=1, **options)
+        ckpt = Path(folder, "cut.ckpt")
+        run.interrupt([ckpt], lambda seed: subject.model(seed=seed), subject.build, [run.Cut(epochs=1)], **options)
         try:
             subject.fit(subject.model(), ckpt=ckpt)
         except REFUSALS as error:
