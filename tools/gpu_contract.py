@@ -1,9 +1,10 @@
 """The contract of every technique on a GPU, in its shortest form, and the tests marked gpu.
 
-    python tools/gpu_contract.py --out results --device cuda
+    python tools/gpu_lines.py contract --out results --device cuda
 
 Contracts are read from the tests of the distributions; what they except stays excepted. Each runs in a process of its
-own that is forked from this one, which never meets the card: a technique that crashes, or hangs, costs only itself.
+own, so that a technique that crashes, or hangs, costs only itself. On a card it is a fresh one: some library meets the
+card when it is imported, and what a process forks after that cannot. On a CPU it is forked, which saves the imports.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ CHECKS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
-def contracts() -> dict[str, type]:
-    """The contract classes of all techniques, and of back ends that only a GPU has."""
+def contracts(only: str = "*") -> dict[str, type]:
+    """The contract classes of all techniques, or of one, and of back ends that only a GPU has."""
     found: dict[str, type] = {}
-    for file in sorted(REPO.glob("*/eke-*/tests/test_*.py")):
+    for file in sorted(REPO.glob(f"*/eke-{only}/tests/test_*.py")):
         if "Contract)" not in file.read_text(encoding="utf-8"):
             continue
         spec = importlib.util.spec_from_file_location(f"contract_{file.stem}", file)
@@ -99,7 +100,44 @@ def with_capability_told(device: str) -> None:
         torch.cuda.get_device_capability = lambda *_: capability
 
 
-def run_all(device: str, seconds: float, workers: int, write: Any) -> dict[str, Any]:
+def tell_of_the_card(file: Path) -> None:
+    """Write to ``file`` who meets the card first in this process, for the checks that fork are lost with it."""
+    import torch
+
+    meet = torch.cuda._lazy_init
+
+    def told() -> None:
+        if not torch.cuda.is_initialized() and not file.exists():
+            file.write_text("".join(traceback.format_stack(limit=25)))
+        meet()
+
+    torch.cuda._lazy_init = told
+
+
+class Fresh:
+    """A contract in a Python of its own; looks like a process of multiprocessing."""
+
+    def __init__(self, name: str, place: Path) -> None:
+        self.command = [sys.executable, __file__, "--name", name, "--place", str(place)]
+
+    def start(self) -> None:
+        import subprocess
+
+        self.process = subprocess.Popen(self.command)
+        self.pid = self.process.pid
+
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
+
+    def join(self) -> None:
+        self.process.wait()
+
+    @property
+    def exitcode(self) -> int | None:
+        return self.process.returncode
+
+
+def run_all(device: str, seconds: float, workers: int, write: Any, fresh: bool = True) -> dict[str, Any]:
     """Run all contracts, some side by side; ``write(results)`` after each."""
     import torch
 
@@ -111,8 +149,6 @@ def run_all(device: str, seconds: float, workers: int, write: Any) -> dict[str, 
     import transformers  # noqa: F401
 
     waiting = contracts()
-    if torch.cuda.is_initialized():
-        print("this process has met the card: what it forks cannot", flush=True)
     if device == "cuda":  # techniques whose processes compile begin first
         slow = ("attention", "fp8", "adam8bit", "peft")
         waiting = dict(sorted(waiting.items(), key=lambda item: not item[0].startswith(slow)))
@@ -127,7 +163,12 @@ def run_all(device: str, seconds: float, workers: int, write: Any) -> dict[str, 
                 name = next(iter(waiting))
                 place = Path(folder, str(len(waiting)))
                 place.mkdir()
-                process = fork.Process(target=_one, args=(waiting.pop(name), device, place))
+                contract = waiting.pop(name)
+                process = (
+                    Fresh(name, place)
+                    if device == "cuda" and fresh
+                    else fork.Process(target=_one, args=(contract, device, place))
+                )
                 process.start()
                 running[name] = (process, time.monotonic(), place)
             for name, (process, since, place) in list(running.items()):
@@ -155,6 +196,8 @@ def _read(place: Path, status: int | None, late: bool, took: float) -> dict[str,
     last = [name for name, outcome in found.items() if outcome == "began"]
     for name in last:
         found[name] = f"FAILED: {'no time left' if late else f'the process ended with status {status}'}"
+    if any(outcome.startswith("FAILED") for outcome in found.values()) and place.joinpath("met.txt").exists():
+        found["met the card first"] = place.joinpath("met.txt").read_text()[-3000:]
     return {**found, "seconds": round(took, 1)}
 
 
@@ -203,8 +246,31 @@ def _one(contract: type, device: str, place: Path) -> None:
     os._exit(0)
 
 
+def main() -> None:
+    """One contract on the card, in this process, which is new."""
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--place", type=Path, required=True)
+    parser.add_argument("--device", default="cuda")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
+    with_capability_told(given.device)
+    import torch
+
+    torch.set_num_threads(1)
+    tell_of_the_card(given.place / "met.txt")
+    _one(contracts(given.name.partition(",")[0])[given.name], given.device, given.place)
+
+
 def _told(error: BaseException, length: int = 1200) -> str:
     text = "".join(traceback.format_exception_only(type(error), error)).strip()
     text = text if len(text) <= length else f"{text[: length // 3]} ... {text[-2 * length // 3 :]}"
     where = traceback.extract_tb(error.__traceback__)[-1]
     return f"{text} [{Path(where.filename).name}:{where.lineno}]"
+
+
+if __name__ == "__main__":
+    main()

@@ -138,15 +138,21 @@ class Cut:
     steps: int = 0
     batches: int = 0
 
-    def saves(self, file: Path) -> Callback:
-        """The callback that writes it."""
+    def saves(self, folder: Path) -> tuple[Callback, Path]:
+        """The callback that writes it, and the file. One of Lightning's goes on to write others."""
         if self.epochs:
-            return ModelCheckpoint(
-                file.parent, file.stem, every_n_epochs=self.epochs, save_on_train_epoch_end=True, save_top_k=-1
+            save = ModelCheckpoint(
+                folder, "{epoch}", every_n_epochs=self.epochs, save_on_train_epoch_end=True, **ONE_BY_ONE
             )
+            return save, folder / f"{self.epochs - 1}.ckpt"
         if self.steps:
-            return ModelCheckpoint(file.parent, file.stem, every_n_train_steps=self.steps, save_top_k=-1)
-        return SaveAfter(file, self.batches)
+            save = ModelCheckpoint(folder, "{step}", every_n_train_steps=self.steps, **ONE_BY_ONE)
+            return save, folder / f"{self.steps}.ckpt"
+        file = folder / "cut.ckpt"
+        return SaveAfter(file, self.batches), file
+
+
+ONE_BY_ONE = {"save_top_k": -1, "auto_insert_metric_name": False}  # each in a file of its own
 
 
 def resume(
@@ -172,12 +178,11 @@ def resume(
         options: For :func:`fit`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder, str(number), "cut.ckpt") for number in range(len(cuts))]
         if killed:
             unbroken = run_alone(lambda: fit(model(seed=0), *_listed(build()), **options).state)
-            interrupt(files, model, build, cuts, **options)
+            files = interrupt(folder, model, build, cuts, **options)
         else:
-            saves = [cut.saves(file) for cut, file in zip(cuts, files, strict=True)]
+            saves, files = _saving(folder, cuts)
             given = {**options, "callbacks": [*options.get("callbacks", ()), *saves]}
             unbroken = run_alone(lambda: fit(model(seed=0), *_listed(build()), **given).state)
             _written(files)
@@ -189,19 +194,26 @@ def resume(
 
 
 def interrupt(
-    files: Sequence[Path],
+    folder: str,
     model: Callable[..., LightningModule],
     build: Callable[[], object],
     cuts: Sequence[Cut],
     **options: Any,
-) -> None:
-    """Train in a process of its own that writes a checkpoint at each cut, and dies once the last is written."""
-    saves = [cut.saves(file) for cut, file in zip(cuts, files, strict=True)]
+) -> list[Path]:
+    """Train in a process of its own that writes a checkpoint at each cut, and dies once the last is written. Return the
+    files."""
+    saves, files = _saving(folder, cuts)
     callbacks = [*options.pop("callbacks", ()), *saves, PowerCut(files[-1])]
     end = run_alone(lambda: fit(model(seed=0), *_listed(build()), callbacks=callbacks, **options).state)
     if end is not None:
         raise AssertionError("the run ended before its checkpoint was written.")
     _written(files)
+    return files
+
+
+def _saving(folder: str, cuts: Sequence[Cut]) -> tuple[list[Callback], list[Path]]:
+    saves, files = zip(*(cut.saves(Path(folder, str(number))) for number, cut in enumerate(cuts)), strict=True)
+    return list(saves), list(files)
 
 
 def _written(files: Sequence[Path]) -> None:

@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 EXTRAS = ("test", "")
+INSTRUCTIONS = ("sse", "ssse", "avx", "amx", "fma", "f16c", "asimd", "sve", "sme", "bf16", "i8mm")
 LEFT_OUT = ("__pycache__", ".pytest_cache", ".ruff_cache", "dist", "build")
 
 
@@ -89,15 +90,14 @@ def versions(names: list[str]) -> list[str]:
 
 
 def processor() -> list[str]:
-    """The machine's kind and, where Linux tells them, the instructions it has: kernels are chosen by them."""
+    """The machine's kind and, where Linux tells them, its maker and the instructions by which kernels are chosen: not all
+    flags, of which a virtual machine or a new kernel has others on the same processor."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
+    maker = re.search(r"^(?:vendor_id|CPU implementer)\s*:\s*(.*)$", text, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
-    return [
-        platform.system(),
-        platform.machine(),
-        " ".join(sorted(flags[1].split())) if flags else platform.processor(),
-    ]
+    chosen = sorted(flag for flag in flags[1].split() if flag.startswith(INSTRUCTIONS)) if flags else []
+    return [platform.system(), platform.machine(), maker[1] if maker else platform.processor(), " ".join(chosen)]
 
 
 def _neighbours(folder: Path) -> dict[str, Path]:

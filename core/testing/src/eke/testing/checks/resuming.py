@@ -93,8 +93,7 @@ def loads_without_it(subject: Subject) -> str | None:
     """Its checkpoint resumes in a run without it, or is refused with words that name it. Returns the refusal."""
     with tempfile.TemporaryDirectory() as folder:
         options = {"epochs": subject.epochs, "steps": subject.steps, **subject.options}
-        ckpt = Path(folder, "cut.ckpt")
-        run.interrupt([ckpt], lambda seed: subject.model(seed=seed), subject.build, [run.Cut(epochs=1)], **options)
+        (ckpt,) = run.interrupt(folder, subject.model, subject.build, [run.Cut(epochs=1)], **options)
         try:
             subject.fit(subject.model(), ckpt=ckpt)
         except REFUSALS as error:
