@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 EXTRAS = ("test", "")
-INSTRUCTIONS = ("sse", "ssse", "avx", "amx", "fma", "f16c", "asimd", "sve", "sme", "bf16", "i8mm")
+INSTRUCTIONS = ("sse", "ssse", "avx", "amx", "fma", "f16c", "asimd", "sve", "bf16", "i8mm")
 LEFT_OUT = ("__pycache__", ".pytest_cache", ".ruff_cache", "dist", "build")
 
 
@@ -90,8 +90,8 @@ def versions(names: list[str]) -> list[str]:
 
 
 def processor() -> list[str]:
-    """The machine's kind and, where Linux tells them, its maker and the instructions by which kernels are chosen: not all
-    flags, of which a virtual machine or a new kernel has others on the same processor."""
+    """The machine's kind and, where Linux tells them, its maker and the instructions by which kernels are chosen. Not
+    all flags: of these a virtual machine or a new Linux shows others on the same processor."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
     maker = re.search(r"^(?:vendor_id|CPU implementer)\s*:\s*(.*)$", text, re.MULTILINE)
