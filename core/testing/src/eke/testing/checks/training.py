@@ -85,13 +85,13 @@ def accumulation_equals_the_big_batch(subject: Subject) -> None:
 
 
 def compiles(subject: Subject) -> None:
-    """Under torch.compile it trains to the weights that it reaches without: for an epoch, since each shape that a
+    """Under torch.compile it trains to the weights that it reaches without: for two epochs, since each shape that a
     technique makes is compiled anew."""
 
     def weights(backend: str | None) -> dict[str, Any]:
         model = subject.model()
         model = torch.compile(model, backend=backend) if backend else model
-        return subject.fit(model, subject.build(), epochs=1).state["weights"]
+        return subject.fit(model, subject.build(), epochs=2).state["weights"]
 
     plain, compiled = run_alone(lambda: weights(None)), run_alone(lambda: weights("aot_eager"))
     assert_same_weights(
