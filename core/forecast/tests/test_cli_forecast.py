@@ -95,3 +95,34 @@ def test_sizes_are_read_and_written():
 def test_help_of_the_other_commands_imports_no_torch():
     lines = ("import sys", "from eke.__main__ import main", "main(['list'])", "assert 'torch' not in sys.modules")
     subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("loader", ["DataLoader(data, 2)", "DataLoader(data, 2, shuffle=True, num_workers=2)"])
+def test_the_batch_may_come_from_a_loader(tmp_path, capsys, loader):
+    file = tmp_path / "train_loader.py"
+    file.write_text(
+        "from eke.testing.models import TinyBlocks\nfrom torch.utils.data import DataLoader\n"
+        f"def build():\n    data = TinyBlocks.dataset(4)\n    return TinyBlocks(), {loader}\n"
+    )
+    assert main(["forecast", f"{file}:build", "--card", "1MiB"]) == 0
+    assert "10,112 parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("model", "build() returned a TinyBlocks. A forecast needs two things, (model, batch)"),
+        ("3, 4", "build() returned (int, int). A forecast needs two things"),
+        ("model, 1, 2", "build() returned (TinyBlocks, int, int)"),
+        ("model, 4", "the batch is of type int. Return a batch of tensors"),
+        ("model, []", "the list gives no batch"),
+    ],
+)
+def test_what_is_no_model_and_batch_is_a_sentence(tmp_path, capsys, given, found):
+    file = tmp_path / "train_wrong.py"
+    file.write_text(
+        "from eke.testing.models import TinyBlocks\nmodel = None\n"
+        f"def build():\n    model = TinyBlocks()\n    return {given}\n"
+    )
+    assert main(["forecast", f"{file}:build"]) == 2
+    assert found in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""Keep Lightning's messages from the screen where nobody reads them: in tests, forecasts and measurements."""
+"""Keep messages from the screen where nobody reads them: Lightning's in tests, forecasts and measurements, and those of
+libraries that are imported."""
 
 from __future__ import annotations
 
@@ -8,6 +9,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _LOGGERS = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
+
+
+_WHAT_AN_IMPORT_TELLS = ("torchao", "torch.utils._pytree")  # kernels for other GPUs, advice to torchao's authors
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Keep back what libraries log when they are imported and a user can do nothing about: for imports inside of it."""
+    loggers = [logging.getLogger(name) for name in _WHAT_AN_IMPORT_TELLS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager

@@ -1,5 +1,10 @@
 """Parameter-efficient fine-tuning."""
 
+from eke.quiet import importing
+
+with importing():  # peft imports torchao
+    import peft  # noqa: F401
+
 from eke_peft.base import fingerprint
 from eke_peft.callback import PEFT
 from eke_peft.errors import PEFTError

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from eke import NoEffectWarning, Run, TechniqueCallback
+from eke.quiet import importing
 from eke.seams.names import NamesError, match_parameters
 from eke.strategies import imposed
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -200,8 +201,9 @@ def choose(backend: str, strategy: Strategy) -> str:
 
 def _bitsandbytes(groups: list[dict[str, Any]], keep: list[Tensor], min_elements: int) -> Optimizer:
     _need("bitsandbytes")
-    import bitsandbytes
-    from bitsandbytes.optim import GlobalOptimManager
+    with importing():
+        import bitsandbytes
+        from bitsandbytes.optim import GlobalOptimManager
 
     for group in groups:
         if group["maximize"] or (group["weight_decay"] and not _decoupled(group)):
@@ -220,7 +222,8 @@ def _bitsandbytes(groups: list[dict[str, Any]], keep: list[Tensor], min_elements
 
 def _torchao(groups: list[dict[str, Any]], keep: list[Tensor], min_elements: int) -> Optimizer:
     _need("torchao")
-    from torchao import optim
+    with importing():
+        from torchao import optim
 
     if any(group["maximize"] for group in groups):
         raise ValueError("torchao has no maximize. Give backend='torch'.")

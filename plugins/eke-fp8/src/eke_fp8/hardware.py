@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from eke import EkeError
+from eke.quiet import importing
 from eke.seams.layers import Transposed, is_conv1d
 from torch import nn
 
@@ -66,8 +67,9 @@ def pick(backend: str, recipe: str, device: torch.device) -> tuple[str, str]:
 def torchao_linear(recipe: str, emulate: bool = False) -> Callable[[nn.Module], nn.Module]:
     """Builds torchao's layer around a linear layer's own parameters, a ``Conv1D``'s too. ``emulate`` runs without the
     hardware."""
-    from torchao.float8 import Float8LinearConfig
-    from torchao.float8.float8_linear import Float8Linear
+    with importing():
+        from torchao.float8 import Float8LinearConfig
+        from torchao.float8.float8_linear import Float8Linear
 
     # Products of a number of tokens that is no multiple of 16 are padded, not refused.
     config = changed(Float8LinearConfig.from_recipe_name(recipe), emulate=emulate, pad_inner_dim=not emulate)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
+from eke import compat
 from eke.forecast.errors import ForecastError
 from eke.quiet import quiet
 from lightning.pytorch import LightningModule
@@ -14,10 +17,28 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, Dataset
 
 
+def built(build: Callable[[], Any]) -> tuple[LightningModule, Any]:
+    """The model and the batch that ``build`` returns.
+
+    Raises:
+        ForecastError: it returned something else.
+    """
+    given = build()
+    parts = given if isinstance(given, tuple) else (given,)
+    if len(parts) != 2 or not isinstance(getattr(parts[0], "_orig_mod", parts[0]), LightningModule):
+        names = ", ".join(type(part).__name__ for part in parts)
+        found = f"({names})" if len(parts) > 1 else f"a {names}"
+        raise ForecastError(
+            f"{getattr(build, '__name__', 'build')}() returned {found}. A forecast needs two things, "
+            "(model, batch): a LightningModule, and a batch or a DataLoader that gives one."
+        )
+    return parts[0], parts[1]
+
+
 def first_size(build: Callable[[], tuple[LightningModule, Any]]) -> int:
     """How many samples the batch has that ``build`` gives."""
     with FakeTensorMode(allow_non_fake_inputs=True), quiet(all_warnings=True):
-        tensors = [leaf for leaf in tree_leaves(first(build()[1])) if isinstance(leaf, Tensor) and leaf.ndim]
+        tensors = [leaf for leaf in tree_leaves(first(built(build)[1])) if isinstance(leaf, Tensor) and leaf.ndim]
     return len(tensors[0]) if tensors else 1
 
 
@@ -53,12 +74,14 @@ def batches(batch: Any, count: int) -> Iterable[Any]:
     plain = type(batch) in (tuple, list, dict, Tensor, FakeTensor) and len(tensors) == len(tree_leaves(batch))
     if plain and tensors and all(leaf.ndim and len(leaf) == len(tensors[0]) for leaf in tensors):
         samples = len(tensors[0])
-        return DataLoader(_Samples(batch, count * samples), samples)
+        data = _Samples(batch, count * samples)
+        return DataLoader(data, samples, collate_fn=data.collate)
     return _Batches(batch, count)
 
 
 class _Samples(Dataset):
-    """The first sample of a batch, a number of times."""
+    """Numbers of samples. A batch of them has the shape of the one given: put together from samples, the largest that
+    fits a GPU would take minutes."""
 
     def __init__(self, batch: Any, count: int) -> None:
         self.batch, self.count = batch, count
@@ -66,8 +89,11 @@ class _Samples(Dataset):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> Any:
-        return tree_map(lambda leaf: leaf[0], self.batch)
+    def __getitem__(self, index: int) -> int:
+        return index
+
+    def collate(self, samples: list[int]) -> Any:
+        return tree_map(lambda leaf: leaf.new_zeros((len(samples), *leaf.shape[1:])), self.batch)
 
 
 class _Batches:
@@ -84,6 +110,24 @@ class _Batches:
 
 
 def first(given: Any) -> Any:
-    if isinstance(given, (Tensor, dict, tuple)) or (isinstance(given, list) and given and isinstance(given[0], Tensor)):
+    """The batch itself, or the first that a loader gives.
+
+    Raises:
+        ForecastError: neither a batch nor something that gives one.
+    """
+    if isinstance(given, (Tensor, Mapping, tuple)) or is_dataclass(given):
         return given
-    return next(iter(given))
+    if isinstance(given, list) and given and isinstance(given[0], Tensor):
+        return given
+    if not isinstance(given, Iterable):
+        raise ForecastError(
+            f"the batch is of type {type(given).__name__}. Return a batch of tensors from build, or a DataLoader."
+        )
+    if isinstance(given, DataLoader) and given.num_workers:
+        given = copy.copy(given)  # fake tensors do not travel between processes
+        vars(given).update(num_workers=0, persistent_workers=False, prefetch_factor=None, timeout=0)
+    with compat.unset_fake_temporarily():  # a loader reads the numbers that it draws; samples made before stay fake
+        batch = next(iter(given), None)
+    if batch is None:
+        raise ForecastError(f"the {type(given).__name__} gives no batch. A forecast needs one.")
+    return batch

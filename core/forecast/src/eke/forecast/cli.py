@@ -17,6 +17,7 @@ from eke.forecast.batch import first_size
 from eke.forecast.dry_run import Forecast
 from eke.forecast.fitting import Change, Setup, largest_batch, make_fit
 from eke.forecast.timeline import CAUSES
+from eke.quiet import importing
 from eke.spec import EkeError
 
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "G": 2**30}
@@ -123,17 +124,8 @@ def load(target: str) -> Callable[[], Any]:
     if not colon or not place:
         raise EkeError(f"{target!r} names no function: write file.py:function or module:function.")
     try:
-        if place.endswith(".py"):
-            path = Path(place).resolve()
-            if not path.is_file():
-                raise EkeError(f"there is no file {place}.")
-            sys.path.insert(0, str(path.parent))
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[path.stem] = module
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
+        with importing():
+            module = _module(place)
     except EkeError:
         raise
     except Exception as error:  # someone's file may raise anything
@@ -142,6 +134,20 @@ def load(target: str) -> Callable[[], Any]:
     if not callable(function):
         raise EkeError(f"{place} has no function {name!r}.")
     return function
+
+
+def _module(place: str) -> Any:
+    if not place.endswith(".py"):
+        return importlib.import_module(place)
+    path = Path(place).resolve()
+    if not path.is_file():
+        raise EkeError(f"there is no file {place}.")
+    sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def size(text: str) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eke import compat
-from eke.forecast.batch import batches, first, resized
+from eke.forecast.batch import batches, built, first, resized
 from eke.forecast.errors import ForecastError
 from eke.forecast.pretend import collecting_nothing, movable, processes, really
 from eke.forecast.scratch import Scratch
@@ -122,7 +122,7 @@ def _dry_run(
         collecting_nothing(),
     ):
         try:
-            model, given = build()
+            model, given = built(build)
             batch = resized(first(given), batch_size, length)
             batch = tree_map(lambda leaf: _fake(leaf, fake), batch)
             settings = {**options, **techniques()}
