@@ -10,9 +10,10 @@ from pkgutil import extend_path
 from typing import TYPE_CHECKING, Any
 
 from eke.registry import available, create, get, trainer_kwargs
-from eke.spec import ConflictError, EkeError, NoEffectWarning, Offer, Technique, hookimpl
+from eke.spec import ArgumentError, ConflictError, EkeError, NoEffectWarning, Offer, Technique, hookimpl
 
 if TYPE_CHECKING:
+    from eke.refusal import RunError
     from eke.run import Run, in_run
     from eke.seams.losses import reduce_loss
     from eke.technique import TechniqueCallback, TechniqueStrategy, load_from_checkpoint, techniques
@@ -22,14 +23,17 @@ __path__ = extend_path(__path__, __name__)
 
 _LAZY = dict.fromkeys(("TechniqueCallback", "TechniqueStrategy", "load_from_checkpoint", "techniques"), "eke.technique")
 _LAZY["reduce_loss"] = "eke.seams.losses"
+_LAZY["RunError"] = "eke.refusal"
 _LAZY["Run"] = _LAZY["in_run"] = "eke.run"
 
 __all__ = [
+    "ArgumentError",
     "ConflictError",
     "EkeError",
     "NoEffectWarning",
     "Offer",
     "Run",
+    "RunError",
     "Technique",
     "TechniqueCallback",
     "TechniqueStrategy",

@@ -126,6 +126,10 @@ class ConflictError(EkeError):
     """Techniques that cannot work together were put into one run."""
 
 
+class ArgumentError(EkeError, ValueError):
+    """An argument of a technique, or of a function of Eke's, that makes no sense: found before anything is touched."""
+
+
 class NoEffectWarning(UserWarning):
     """A technique was switched on and found nothing to act on."""
 

@@ -1,6 +1,6 @@
-"""A third of the sketches goes through the whole contract each day, the others through what fails first: they prove the
-core, and with every technique's own contract beside them nothing is left out for longer than three days. `make test-slow`
-runs the rest. The day is that of test_pairs.py, and may be given as EKE_COVERING."""
+"""A third of the sketches goes through the whole contract each day, the others through what fails first. They prove
+the core, beside every technique's own contract. `make test-slow` runs the rest; the day is that of test_pairs.py, and may
+be given as EKE_COVERING."""
 
 import datetime
 import os
