@@ -1,6 +1,6 @@
 """A third of the sketches goes through the whole contract each day, the others through what fails first. They prove
-the core, beside every technique's own contract. `make test-slow` runs the rest; the day is that of test_pairs.py, and may
-be given as EKE_COVERING."""
+the core, beside every technique's own contract. `make test-slow` runs the rest; the day is that of test_pairs.py, and
+may be given as EKE_COVERING."""
 
 import datetime
 import os
