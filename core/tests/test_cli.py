@@ -1,4 +1,5 @@
 import importlib
+import io
 import json
 import os
 import subprocess
@@ -54,6 +55,12 @@ CERTIFICATE = {
     "strategies": ["single device", "ddp"],
     "precisions": ["32-true", "bf16-mixed"],
 }
+
+
+@pytest.fixture(autouse=True)
+def in_a_pipe(monkeypatch):
+    """A line stays a line: a process of pytest-xdist has COLUMNS set."""
+    monkeypatch.delenv("COLUMNS", raising=False)
 
 
 @pytest.fixture
@@ -346,7 +353,7 @@ def test_a_value_of_another_type_is_refused_with_the_type_that_is_needed(site, c
     install(site, "shrink")
     code, out, _ = run(capsys, "check", "shrink:every=often")
     assert code == 1
-    assert "REFUSED: shrink: every='often' is a str; int is needed." in out
+    assert "REFUSED: shrink: every='often' is a str; an int is needed." in out
 
 
 def test_an_error_of_a_constructor_is_a_sentence_with_technique_and_argument(site, capsys):
@@ -484,7 +491,7 @@ def test_a_baked_technique_is_written_without_questions(tmp_path, capsys):
         (["technique=TokenDrop"], "the template refused an answer, for the reason above. Nothing was written."),
         (
             ["kind=hook"],
-            "hook provided for choice variable kind, but the choices are ['callback', 'plugin', 'strategy']",
+            "--set kind=hook: kind is one of callback, plugin, strategy.",
         ),
     ],
 )
@@ -494,6 +501,20 @@ def test_an_answer_that_the_template_refuses_is_one_line_and_writes_nothing(tmp_
     assert code == 2
     assert message in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_only_what_was_not_given_is_asked_and_a_default_follows_what_was(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("cookiecutter")
+    words = ["new", "technique", "--output", str(tmp_path), "--set", "technique=warm-up", "kind=plugin", "paper=none"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Warms up\n\n"))  # the summary; the class's name as offered
+    code, out, err = run(capsys, *words)
+    assert (code, err) == (0, "")
+    assert "[1/2]" in out
+    assert "[2/2] Name of the class (WarmUp)" in out
+    assert "Name: lower-case" not in out
+    assert 'does="Warms up"' in (tmp_path / "eke-warm-up/src/eke_warm_up/plugin.py").read_text()
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert "there is nobody to ask: add --no-input" in run(capsys, *words)[2]
 
 
 def test_a_folder_that_is_there_is_not_written_over(tmp_path, capsys):

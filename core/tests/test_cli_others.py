@@ -21,7 +21,7 @@ def provides(tmp_path, monkeypatch):
         info = tmp_path / f"{distribution.replace('-', '_')}-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(
-            f"Metadata-Version: 2.4\nName: {distribution}\nVersion: 1.0\nSummary: Makes tea: all kinds of it\n"
+            f"Metadata-Version: 2.4\nName: {distribution}\nVersion: 1.0\nSummary: Makes tea: 100 % leaves\n"
         )
         (info / "entry_points.txt").write_text(f"[eke.commands]\n{command} = {value}\n")
 
@@ -40,7 +40,7 @@ def test_help_lists_it_with_what_its_distribution_says_of_itself(provides, capsy
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out
-    assert ["tea", "Makes", "tea"] in [line.split() for line in text.splitlines()]
+    assert ["tea", "Makes", "tea:", "100", "%", "leaves"] in [line.split() for line in text.splitlines()]
     assert ["list", "installed", "techniques"] in [line.split() for line in text.splitlines()]
 
 

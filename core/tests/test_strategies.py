@@ -151,7 +151,10 @@ WHAT_GOES = [
 
 
 @pytest.mark.parametrize(("recipe", "words"), WHAT_GOES, ids=[str(recipe) for recipe, _ in WHAT_GOES])
-def test_check_and_trainer_kwargs_refuse_what_fit_refuses_and_nothing_else(recipe, words, capsys, tmp_path):
+def test_check_and_trainer_kwargs_refuse_what_fit_refuses_and_nothing_else(
+    recipe, words, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("COLUMNS", raising=False)  # a line stays a line
     import re
 
     import yaml
@@ -176,7 +179,8 @@ def test_check_and_trainer_kwargs_refuse_what_fit_refuses_and_nothing_else(recip
 
 
 @pytest.mark.parametrize(("strategy", "refused"), [("fsdp", 1), ("ddp", 0), ("no_such_strategy", 0)])
-def test_check_knows_the_strategies_that_a_lightning_cli_file_names(strategy, refused, tmp_path, capsys):
+def test_check_knows_the_strategies_that_a_lightning_cli_file_names(strategy, refused, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)  # a line stays a line
     pytest.importorskip("eke_layer_drop")
     pytest.importorskip("jsonargparse")
     from eke.__main__ import main

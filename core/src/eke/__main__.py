@@ -24,7 +24,9 @@ def main(argv: list[str] | None = None) -> int:
         options = parser.parse_args(words)
         return options.run(options)
     except EkeError as error:
-        print(f"eke: {error}", file=sys.stderr)
+        from eke.cli import columns
+
+        print(columns.paragraph(f"eke: {error}", columns.width(sys.stderr)), file=sys.stderr)
         return 2
     except BrokenPipeError:  # eke list | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -62,7 +64,12 @@ def _parser(words: list[str]) -> tuple[argparse.ArgumentParser, dict[str, list[E
     command.add_argument("template", choices=["technique", "project"])
     command.add_argument("--output", metavar="DIR", default=".", help="where to write it (default: here)")
     command.add_argument(
-        "--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="answers to the template's questions"
+        "--set",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="answers to the template's questions, which are not asked then",
     )
     command.add_argument("--no-input", action="store_true", help="ask nothing: take the defaults for the rest")
     command.set_defaults(run=_new)

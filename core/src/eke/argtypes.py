@@ -60,12 +60,38 @@ def kind(value: Any) -> str:
     """``"a str"``, ``"an int"``, ``"None"``."""
     if value is None:
         return "None"
-    name = type(value).__name__
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+    return _a(type(value).__name__)
 
 
 def written(wanted: Any) -> str:
-    """An annotation as a person writes it."""
-    if inspect.isclass(wanted) and not get_args(wanted):
-        return "None" if wanted is type(None) else wanted.__name__
+    """An annotation in words: ``"an int"``, ``"a list of floats or None"``, ``"1, 2 or 3"``."""
+    origin, inner = get_origin(wanted), get_args(wanted)
+    if origin in (Union, types.UnionType):
+        return _or([written(one) for one in inner])
+    if origin is Literal:
+        return _or([repr(one) for one in inner])
+    whole = origin or wanted
+    if whole in (list, tuple, Sequence, Iterable):
+        parts = [one for one in inner if one is not Ellipsis]
+        if whole is tuple and len(parts) > 1:
+            return f"a list of {len(parts)}: {', '.join(map(written, parts))}"
+        return f"a list of {_several(parts[0])}" if parts and parts[0] is not Any else "a list"
+    if whole in (dict, Mapping):
+        return "a mapping"
+    if wanted is type(None) or wanted is None:
+        return "None"
+    if inspect.isclass(wanted) and not inner:
+        return _a(wanted.__name__)
     return re.sub(r"\b(?:[a-z_]+\.)+(?=\w)", "", str(wanted)).replace("NoneType", "None")
+
+
+def _a(word: str) -> str:
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+
+
+def _or(words: list[str]) -> str:
+    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def _several(wanted: Any) -> str:
+    return f"{wanted.__name__}s" if inspect.isclass(wanted) and not get_args(wanted) else f"({written(wanted)})"

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from eke import compose, recipe, registry
+from eke.cli import columns
 from eke.spec import ConflictError, EkeError, Technique
 
 
@@ -73,22 +74,24 @@ def examine(given: list[str]) -> Report:
 
 def render(report: Report) -> str:
     """The report as text."""
-    lines = []
+    lines: list[tuple[str, int]] = []  # and how far what does not fit in a line is indented
     if report.techniques:
-        lines.append("In the order in which they act:" if not report.refusals else "Asked for:")
+        lines.append(("In the order in which they act:" if not report.refusals else "Asked for:", 0))
         width = max(len(record.name) for record in report.techniques)
         for place, record in enumerate(report.techniques, start=1):
-            lines.append(f"  {place}. {record.name.ljust(width)}  {', '.join(record.effects) or 'touches nothing'}")
+            start = f"  {place}. {record.name.ljust(width)}  "
+            lines.append((start + (", ".join(record.effects) or "touches nothing"), len(start)))
             if record.needs:
-                lines.append(f"     {' ' * width}  needs {', '.join(record.needs)}")
-    lines += [f"On this machine: {one}" for one in report.here]
-    lines += [f"Not of Eke, order and conflicts unknown: {one}" for one in report.foreign]
-    lines += [f"REFUSED: {one}" for one in report.refusals]
+                lines.append((f"{' ' * len(start)}needs {', '.join(record.needs)}", len(start)))
+    lines += [(f"On this machine: {one}", 2) for one in report.here]
+    lines += [(f"Not of Eke, order and conflicts unknown: {one}", 2) for one in report.foreign]
+    lines += [(f"REFUSED: {one}", 2) for one in report.refusals]
     if not report.techniques:
-        lines.append("No technique of Eke is asked for.")
+        lines.append(("No technique of Eke is asked for.", 0))
     elif not report.refusals:
-        lines.append("They go together." if len(report.techniques) > 1 else "Nothing speaks against it.")
-    return "\n".join(lines)
+        lines.append(("They go together." if len(report.techniques) > 1 else "Nothing speaks against it.", 0))
+    within = columns.width()
+    return "\n".join(columns.paragraph(text, within, hang) for text, hang in lines)
 
 
 def _from_recipe(asked: dict[str, dict[str, Any]]) -> list[_Asked]:

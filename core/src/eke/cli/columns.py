@@ -6,11 +6,29 @@ import os
 import shutil
 import sys
 import textwrap
+from typing import TextIO
 
 
-def width() -> int | None:
-    """Characters in a line: of the terminal, or what COLUMNS says; None where there is neither."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() or os.environ.get("COLUMNS") else None
+def width(stream: TextIO | None = None) -> int | None:
+    """Characters in a line of ``stream``, by default stdout: of its terminal, or what COLUMNS says; None where there is
+    neither."""
+    terminal = (stream or sys.stdout).isatty() or os.environ.get("COLUMNS")
+    return shutil.get_terminal_size().columns if terminal else None
+
+
+def paragraph(text: str, within: int | None, hang: int = 0) -> str:
+    """``text`` in lines of at most ``within`` characters, all but the first ``hang`` to the right. A word stays whole,
+    however long: it may be a path or a name to copy."""
+    if within is None:
+        return text
+    return textwrap.fill(
+        text,
+        max(within, hang + 20),
+        subsequent_indent=" " * hang,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+    )
 
 
 def table(lines: list[tuple[str, ...]], within: int | None, shrink: tuple[int, ...]) -> str:

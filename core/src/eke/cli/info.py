@@ -22,6 +22,7 @@ def render(name: str) -> str:
     heading = (
         f"{record.name} {field(entry, 'Version')} ({field(entry, 'Name')}): {record.does or field(entry, 'Summary')}"
     )
+    heading = columns.paragraph(heading, columns.width(), 2)
     return "\n\n".join([heading, _record(record), _arguments(record), _exceptions(record), _certificate(entry)])
 
 
@@ -100,7 +101,9 @@ def _certificate(entry: Any) -> str:
         return f"Certificate: unreadable ({error})"
     if certificate is None:
         return "Certificate: none"
-    return "Certificate\n" + _two_columns([(key, _plain(value)) for key, value in certificate.items()])
+    # Of what was excepted the names: the reasons stand above. What is empty is left out.
+    told = {key: list(value) if key == "excepted" else value for key, value in certificate.items()}
+    return "Certificate\n" + _two_columns([(key, _plain(value)) for key, value in told.items() if value])
 
 
 def _documented(factory: Callable[..., object]) -> dict[str, str]:

@@ -21,9 +21,9 @@ def commands() -> dict[str, list[EntryPoint]]:
 
 
 def summary(points: list[EntryPoint]) -> str:
-    """What the distribution says of itself, up to the first colon."""
+    """What the distribution says of itself."""
     metadata = points[0].dist.metadata if points[0].dist is not None else {}
-    return (metadata["Summary"] or "").partition(":")[0]
+    return (metadata["Summary"] or "").replace("%", "%%")  # argparse formats it
 
 
 def run(points: list[EntryPoint], words: list[str]) -> int:
