@@ -150,6 +150,16 @@ def test_a_run_whose_epochs_were_too_few_goes_on_from_the_file_saved_after_it(tm
     torch.testing.assert_close(rest.state_dict(), whole.state_dict(), rtol=0, atol=0)
 
 
+def test_a_trainer_without_us_goes_on_from_the_middle_of_an_epoch(tmp_path):
+    path = tmp_path / "killed.ckpt"
+    run(LOADERS["shuffled"](), Kill(path, batches=7))
+    torch.manual_seed(3)
+    silent = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = Trainer(accelerator="cpu", max_epochs=3, **silent)
+    trainer.fit(Net(), LOADERS["shuffled"](), ckpt_path=path)
+    assert trainer.global_step == 15
+
+
 def test_the_data_order_of_a_run_is_the_one_it_has_without_us():
     torch.manual_seed(0)
     plain = Net()

@@ -182,6 +182,13 @@ def batches_done(trainer: Trainer) -> int:
     return 0 if progress.is_last_batch else progress.current.processed
 
 
+def forget_empty_loader_states(checkpoint: dict[str, Any]) -> None:
+    """Leave out what Lightning noted of loaders that gave no state. It would refuse to resume without them."""
+    noted = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
+    if not any(noted.get("combined_loader", [])):
+        noted.pop("combined_loader", None)
+
+
 def epoch_of_next_batch(trainer: Trainer) -> int:
     """The epoch that the next batch belongs to."""
     epoch = trainer.fit_loop.epoch_progress.current

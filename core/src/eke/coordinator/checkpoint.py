@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
+from eke import compat
 from eke.coordinator.opening import overrides
 from eke.seams import shards, state
 from eke.seams.data import Position
@@ -44,6 +45,7 @@ def write(
         state.check_plain(entry, f"state of {name}")
         entries[name] = entry
     checkpoint[state.KEY] = {"version": state.VERSION, "progress": progress.state_dict(), "techniques": entries}
+    compat.forget_empty_loader_states(checkpoint)  # a Trainer without Eke can go on from it as well
     if masks is not None and (claimed := masks.state_dict()):
         checkpoint[state.KEY]["masks"] = claimed
     _write_eval_weights(checkpoint, eval_weights(techniques), swap, None if masks is None else masks.module)
