@@ -163,6 +163,13 @@ def test_a_share_of_a_run_of_unknown_length_is_refused_before_the_first_step(lim
     assert at.seen == []
 
 
+def test_only_who_gave_a_point_is_told_that_he_may_give_another():
+    for instead in (True, False):
+        with pytest.raises(LengthError, match=r"Give Trainer\(max_steps=\.\.\.\)") as error:
+            Until(Progress(), 0.5, "Shares", instead).check()
+        assert ("a number of optimizer steps in its place" in str(error.value)) == instead
+
+
 def test_data_without_a_length_is_no_hindrance_to_max_steps_or_a_point_in_steps():
     for point, limits in ((0.5, {"max_steps": 4}), (2, {"max_epochs": 1})):
         at = Shares(point)

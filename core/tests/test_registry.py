@@ -162,7 +162,7 @@ def test_a_name_may_have_hyphens(install):
 
 def test_an_argument_of_another_type_is_refused_before_it_is_built(install):
     install("eke-typed", "typed", source("typed", "make") + "\n\ndef make(count: int): raise AssertionError\n")
-    with pytest.raises(eke.EkeError, match="typed: count='three' is a str; int is needed."):
+    with pytest.raises(eke.EkeError, match="typed: count='three' is a str; an int is needed."):
         eke.create("typed", count="three")
 
 
@@ -221,6 +221,12 @@ def test_each_object_goes_under_the_trainer_argument_of_its_class_in_solved_orde
     }
     assert [type(one).__module__ for one in kwargs["callbacks"]] == ["eke_early", "eke_late"]
     assert [type(one).__name__ for one in kwargs["plugins"]] == ["Precision"]
+
+
+@pytest.mark.parametrize("given", [None, 3, [0.3]])
+def test_what_holds_no_arguments_by_name_is_refused_in_words(given):
+    with pytest.raises(eke.EkeError, match=r"stacking=.*: arguments by name are needed, such as stacking=\{\}"):
+        eke.trainer_kwargs(stacking=given)
 
 
 def test_two_strategies_are_refused_before_one_is_lost(install):

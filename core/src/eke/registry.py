@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Mapping
 from importlib.metadata import Distribution, EntryPoint, distributions
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -133,6 +134,9 @@ def trainer_kwargs(**techniques: dict[str, Any]) -> dict[str, Any]:
         ConflictError: techniques that cannot run together, or cannot bear the strategy among them.
     """
     techniques = {canonical(name): arguments for name, arguments in techniques.items()}
+    for name, arguments in techniques.items():
+        if not isinstance(arguments, Mapping):
+            raise EkeError(f"{name}={arguments!r}: arguments by name are needed, such as {name}={{}} for the defaults.")
     ordered = compose.order([get(name) for name in techniques])
     for technique in ordered:
         check_arguments(technique, techniques[technique.name])

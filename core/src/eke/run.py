@@ -125,13 +125,14 @@ class Run:
 
         Args:
             when: The point.
-            argument: Name of the technique's argument that gave it, for errors.
+            argument: Name of the technique's argument that gave it, for errors. Empty where none did, as for the length
+                of the run, ``run.until(1.0)``.
 
         Raises:
             LengthError: no point of a run.
         """
         name = type(self._technique).__name__
-        point = Until(self.progress, when, f"{name}({argument}={when!r})" if argument else name)
+        point = Until(self.progress, when, f"{name}({argument}={when!r})" if argument else name, bool(argument))
         self._points.append(point)
         return point
 

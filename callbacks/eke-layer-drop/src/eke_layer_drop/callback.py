@@ -96,7 +96,7 @@ class LayerDrop(TechniqueCallback):
             return
         compat.expect_unused_parameters(run.trainer.strategy)
         if self.schedule == "progressive" and self.gamma is None:
-            run.until(1.0, "gamma")  # the schedule goes by the length of the run
+            run.until(1.0)  # the schedule goes by the length of the run
 
     def alter_model(self, run: Run) -> None:
         self._blocks = run.blocks(self.blocks)

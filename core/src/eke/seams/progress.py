@@ -136,6 +136,7 @@ class Until:
         when: Optimizer steps as a whole number; a share of the run as a float up to 1; or words, a number with one of
             ``steps``, ``epochs``, ``tokens``, ``samples``, ``of the run``: ``"3 epochs"``, ``"2e9 tokens"``.
         who: Names the argument in errors, such as ``"LengthWarmup(duration=0.5)"``.
+        instead: Whether the user gave the point, and so could give another one.
 
     Raises:
         LengthError: another form; a number below zero; a share above 1.
@@ -143,15 +144,16 @@ class Until:
 
     UNITS = ("steps", "epochs", "tokens", "samples", "of the run")
 
-    def __init__(self, progress: Progress, when: float | int | str, who: str = "This") -> None:
+    def __init__(self, progress: Progress, when: float | int | str, who: str = "This", instead: bool = True) -> None:
         self.progress, self.who = progress, who
+        self._instead = "a number of optimizer steps in its place" if instead else ""
         self.number, self.unit = _parsed(when, who)
         self.asked = when
 
     def check(self) -> None:
         """Refuse a share of a run of unknown length. Called when training starts."""
         if self.unit == "of the run":
-            self.progress.length_for(self.who, "a number of optimizer steps in its place")
+            self.progress.length_for(self.who, self._instead)
 
     @property
     def done(self) -> float:
@@ -176,7 +178,7 @@ class Until:
             return int(self.number)
         if self.unit in ("tokens", "samples"):
             raise LengthError(f"{self.who}: {self.asked!r} is no number of steps before it is reached. Give steps.")
-        length = self.progress.length_for(self.who, "a number of optimizer steps in its place")
+        length = self.progress.length_for(self.who, self._instead)
         if self.unit == "of the run":
             return round(self.number * length)
         return round(self.number * length / max(self.progress.trainer.max_epochs or 1, 1))
