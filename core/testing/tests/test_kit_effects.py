@@ -230,3 +230,15 @@ def test_watching_leaves_no_hook_behind():
     before = copy.copy(nn.modules.module._global_forward_hooks)
     observe(subject(Clips, "changes gradients"))
     assert nn.modules.module._global_forward_hooks == before
+
+
+class ShrinksBehindTheLastStep(TechniqueCallback):
+    def after_optimizer_step(self, run, optimizer):
+        if run.progress.steps % 4 == 0:  # of four batches in an epoch, validation follows
+            with torch.no_grad():
+                for weight in run.module.parameters():
+                    weight.mul_(0.99)
+
+
+def test_weights_that_are_changed_behind_a_step_are_not_other_weights_for_validation():
+    proves_its_effects(subject(ShrinksBehindTheLastStep, "changes weights"))

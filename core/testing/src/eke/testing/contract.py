@@ -210,7 +210,14 @@ class TechniqueContract(CallbackContract):
         assert record is not None, f"{type(self.build()).__name__}.technique is no eke.Technique"
         import eke
 
-        assert eke.get(record.name) == record, f"the registry holds another record under {record.name!r}"
+        try:
+            installed = eke.get(record.name)
+        except eke.EkeError as error:
+            raise AssertionError(
+                f"{error} Name it in pyproject.toml under [project.entry-points.eke] and install that. For a technique "
+                "of a script: exceptions = {'test_it_has_a_record': 'It is not installed.'}"
+            ) from None
+        assert installed == record, f"the registry holds another record under {record.name!r}"
 
     def test_it_does_what_its_record_says(self) -> None:
         checks.does_what_its_record_says(self.subject())

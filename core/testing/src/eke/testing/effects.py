@@ -129,10 +129,11 @@ class _Watch(Callback):
         self.state_form: Any = None
         self.losses: list[tuple[float | None, float]] = []  # plain loss of what the model gave, and the loss trained on
         self.gradients = 0  # of how many parameters and steps other ones were stepped by than backward gave
-        self.at_eval = 0  # validations with other weights than the last step left
+        self.at_eval = 0  # validations with other weights than the last batch left
         self._rows = 0
         self._first: dict[Tensor, Tensor] = {}  # gradients as the first backward of a batch gave them
         self._after: dict[str, int] | None = None  # weights after the last step
+        self._trained: dict[str, int] | None = None  # the same after what techniques do to them behind the step
         self._state: dict[Any, Any] | None = None
         self._stepped = False
         self._in_step = False
@@ -210,14 +211,15 @@ class _Watch(Callback):
             plain = float(F.cross_entropy(self._logits.flatten(0, -2), self._targets.flatten()))
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         self.losses.append((plain, float(loss) if loss is not None else 0.0))
+        self._trained = _weights(model)
 
     def on_train_end(self, trainer: Trainer, model: LightningModule) -> None:
         self._compare_weights(model)
 
     def validating(self, model: LightningModule) -> None:
-        if self._after is not None and not model.trainer.sanity_checking:
+        if self._trained is not None and not model.trainer.sanity_checking:
             now = _weights(model)
-            self.at_eval += any(now.get(name, value) != value for name, value in self._after.items())
+            self.at_eval += any(now.get(name, value) != value for name, value in self._trained.items())
 
     # ------------------------------------------------------------------ parts of it
 

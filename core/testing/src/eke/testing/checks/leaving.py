@@ -119,10 +119,19 @@ def costs_nothing_when_idle(subject: Subject) -> None:
     build = subject.idle or subject.build
     calls = [_least(subject, technique, count.CountCalls()) for technique in (Callback(), build())]
     operators = [_least(subject, technique, count.CountOperators()) for technique in (Callback(), build())]
-    assert operators[1] <= operators[0], f"{operators[1] - operators[0]} operators more than an empty callback's run"
+    advice = (
+        "That is with nothing to do."
+        if subject.idle
+        else "What acts in each step returns from idle() an object that has nothing to do, or names this test in its "
+        "exceptions with the reason."
+    )
+    assert operators[1] <= operators[0], (
+        f"{operators[1] - operators[0]} operators more than an empty callback's run. {advice}"
+    )
     extra = calls[1] - calls[0]
     assert extra <= subject.extra_calls, (
-        f"{extra} Python calls a step more than an empty callback's run ({calls[0]}); allowed: {subject.extra_calls}"
+        f"{extra} Python calls a step more than an empty callback's run ({calls[0]}); allowed: {subject.extra_calls}. "
+        f"{advice}"
     )
 
 
