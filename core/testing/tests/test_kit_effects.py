@@ -234,7 +234,7 @@ def test_watching_leaves_no_hook_behind():
 
 class ShrinksBehindTheLastStep(TechniqueCallback):
     def after_optimizer_step(self, run, optimizer):
-        if run.progress.steps % 4 == 0:  # of four batches in an epoch, validation follows
+        if run.progress.steps % 4 == 3:  # behind the last of four steps in an epoch; validation follows
             with torch.no_grad():
                 for weight in run.module.parameters():
                     weight.mul_(0.99)
