@@ -80,8 +80,8 @@ def batches(batch: Any, count: int) -> Iterable[Any]:
 
 
 class _Samples(Dataset):
-    """Numbers of samples. A batch of them has the shape of the one given: put together from samples, the largest that
-    fits a GPU would take minutes."""
+    """Numbers of samples. A batch of them is the first sample of the one given, repeated at once: put together one by
+    one, the largest batch that fits a GPU would take minutes."""
 
     def __init__(self, batch: Any, count: int) -> None:
         self.batch, self.count = batch, count
@@ -93,7 +93,7 @@ class _Samples(Dataset):
         return index
 
     def collate(self, samples: list[int]) -> Any:
-        return tree_map(lambda leaf: leaf.new_zeros((len(samples), *leaf.shape[1:])), self.batch)
+        return tree_map(lambda leaf: leaf[:1].repeat(len(samples), *[1] * (leaf.ndim - 1)), self.batch)
 
 
 class _Batches:
