@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -126,3 +127,9 @@ def test_what_is_no_model_and_batch_is_a_sentence(tmp_path, capsys, given, found
     )
     assert main(["forecast", f"{file}:build"]) == 2
     assert found in capsys.readouterr().err
+
+
+def test_the_largest_batch_is_found_where_it_has_many_thousand_samples(target, capsys):
+    assert main(["forecast", target, "--card", "1GiB"]) == 0
+    found = re.search(r"The largest batch that fits has (\d+) samples", capsys.readouterr().out)
+    assert int(found[1]) > 10_000

@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, Dataset
 
+MANY = 1024  # samples that are not put together one by one
+
 
 def built(build: Callable[[], Any]) -> tuple[LightningModule, Any]:
     """The model and the batch that ``build`` returns.
@@ -74,20 +76,28 @@ def batches(batch: Any, count: int) -> Iterable[Any]:
     plain = type(batch) in (tuple, list, dict, Tensor, FakeTensor) and len(tensors) == len(tree_leaves(batch))
     if plain and tensors and all(leaf.ndim and len(leaf) == len(tensors[0]) for leaf in tensors):
         samples = len(tensors[0])
-        data = _Samples(batch, count * samples)
-        return DataLoader(data, samples, collate_fn=data.collate)
+        if samples <= MANY:
+            return DataLoader(_Samples(batch, count * samples), samples)
+        numbers = _Numbers(batch, count * samples)
+        return DataLoader(numbers, samples, collate_fn=numbers.collate)
     return _Batches(batch, count)
 
 
 class _Samples(Dataset):
-    """Numbers of samples. A batch of them is the first sample of the one given, repeated at once: put together one by
-    one, the largest batch that fits a GPU would take minutes."""
+    """The first sample of a batch, a number of times."""
 
     def __init__(self, batch: Any, count: int) -> None:
         self.batch, self.count = batch, count
 
     def __len__(self) -> int:
         return self.count
+
+    def __getitem__(self, index: int) -> Any:
+        return tree_map(lambda leaf: leaf[0], self.batch)
+
+
+class _Numbers(_Samples):
+    """The same, all samples of a batch at once: one by one, the largest that fits a GPU would take minutes."""
 
     def __getitem__(self, index: int) -> int:
         return index
