@@ -11,3 +11,7 @@ class TestContract(TechniqueContract):
 
     def idle(self):
         return ImportanceSampling(1.0)
+
+    def shows(self, plain, seen):
+        assert 2 * seen.in_blocks() == plain.in_blocks()  # samples of which a gradient is taken
+        return seen.share_of(plain)

@@ -26,3 +26,13 @@ class TestPEFT(TechniqueContract):
 
     def test_a_command_line_builds_it(self):  # which cannot import a model from this file
         checks.a_command_line_builds_it(self.subject(model=TinyBlocks))
+
+    def build_in_zoo(self, animal):
+        return PEFT(settings={"r": 2})
+
+    def shows(self, plain, seen):
+        assert 0 < seen.trained < plain.trained
+        moved = {path for path, weight in plain.weights.items() if path in seen.weights}
+        before = dict(seen.animal.build(0).named_parameters())
+        assert all(seen.weights[path].equal(before[path]) for path in moved)  # those of the base
+        return f"{seen.trained} of {seen.parameters} parameters train"

@@ -6,8 +6,14 @@ class TestContract(TechniqueContract):
     def build(self):
         return Remat()
 
+    def shows(self, plain, seen):
+        assert seen.in_blocks(seen.again) > plain.in_blocks(plain.again)
+        assert seen.losses == plain.losses
+        return f"{seen.in_blocks(seen.again)} of {seen.in_blocks()} rows computed again"
+
 
 class TestContractOfSpans(TechniqueContract):
+    zoo = ("gpt2",)
     arguments = {"span": 2, "every": 1}
 
     def build(self):
@@ -15,6 +21,7 @@ class TestContractOfSpans(TechniqueContract):
 
 
 class TestContractOfPolicies(TechniqueContract):
+    zoo = ("gpt2",)
     arguments = {"policy": "every second"}
 
     def build(self):

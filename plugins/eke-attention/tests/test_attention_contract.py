@@ -9,6 +9,7 @@ RANGES = "The range of its few bits follows the batch, and a part of one has ano
 
 
 class TestContract(TechniqueContract):
+    zoo = ("gpt2",)
     arguments = {"kernel": "sdpa"}
     extra_calls = 300  # attention is caught where it is called
     unseen = {"changes attention": "On a CPU the kernel that it takes by itself is the one that was there."}
@@ -23,8 +24,16 @@ class TestContractOfBlocks(TechniqueContract):
     def build(self):
         return Attention(SlidingWindow(3, block=4))
 
+    def build_in_zoo(self, animal):
+        return Attention(SlidingWindow(1, block=1))
+
+    def shows(self, plain, seen):
+        assert seen.losses != plain.losses
+        return ""
+
 
 class TestContractOfDocuments(TechniqueContract):
+    zoo = ("gpt2",)
     shapes = (TinyBlocks, TinyTransformer, TinyGPT2)  # images have no separators
     exceptions = ALWAYS
 
@@ -33,6 +42,7 @@ class TestContractOfDocuments(TechniqueContract):
 
 
 class TestContractOfPredictedPairs(TechniqueContract):
+    zoo = ("gpt2",)
     exceptions = {
         **ALWAYS,
         "test_accumulated_gradients_equal_the_big_batch": RANGES,

@@ -307,12 +307,19 @@ class PEFT(TechniqueCallback):
             getattr(pl_module, PROMPTS).train()
 
     def alter_optimizer(self, run: Run, optimizer: Optimizer) -> Optimizer:
+        frozen = {id(one) for group in optimizer.param_groups for one in group["params"] if not one.requires_grad}
         for group in optimizer.param_groups:
             group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
         if not any(group["params"] for group in optimizer.param_groups):
+            held = [name for name, one in run.module.named_parameters() if id(one) in frozen]
+            others = (
+                f", or let some of its own train, as PEFT(train={held[:1]!r})"
+                if len(run.trainer.optimizers) > 1
+                else ""
+            )
             raise PEFTError(
-                "the optimizer that configure_optimizers returned holds none of the parameters that train. Give it "
-                "self.parameters(): frozen ones are taken out of it."
+                f"the {type(optimizer).__name__} that configure_optimizers returned holds none of the parameters that "
+                f"train. Give it self.parameters(): frozen ones are taken out of it{others}."
             )
         if self.lr_ratio is not None:
             second = {id(p) for name, p in self._module.named_parameters() if ".lora_B." in name}

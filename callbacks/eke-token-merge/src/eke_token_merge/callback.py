@@ -10,11 +10,11 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from eke import Run, Technique, TechniqueCallback, in_run
+from eke import EkeError, Run, Technique, TechniqueCallback, in_run
 from eke.seams import interceptor
 from eke.seams.anatomy import AttentionSite, attention_sites
 from eke.seams.blocks import Blocks, find_blocks
-from eke.seams.patches import PatchesError, find_patches, relative_positions
+from eke.seams.patches import PatchesError, find_patches, image_blocks, one_of, relative_positions
 from eke.seams.sdpa import Call, Catch, sdpa
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
@@ -71,6 +71,10 @@ def _wide(index: Tensor, width: int) -> Tensor:
     return index[..., None].expand(-1, -1, width)
 
 
+class TokenMergeError(EkeError, MisconfigurationException, ValueError):
+    """An argument, a model or a run with which patches cannot be joined."""
+
+
 class TokenMerge(TechniqueCallback):
     """Join ``count`` patches a block while training. Attention counts a joined patch as often as it stands for patches.
 
@@ -109,11 +113,11 @@ class TokenMerge(TechniqueCallback):
         blocks: str | None = None,
     ) -> None:
         if count < 0 or count != int(count):
-            raise ValueError(f"count={count}: give a number of patches that each block joins, 0 or more.")
+            raise TokenMergeError(f"count={count}: give a number of patches that each block joins, 0 or more.")
         if not 0 <= tail <= 1:
-            raise ValueError(f"tail={tail}: give a share of the run.")
+            raise TokenMergeError(f"tail={tail}: give a share of the run.")
         if prefix is not None and prefix < 0:
-            raise ValueError(f"prefix={prefix}: give 0 or more tokens.")
+            raise TokenMergeError(f"prefix={prefix}: give 0 or more tokens.")
         self.count, self.tail, self.proportional, self.evaluate = count, tail, proportional, evaluate
         self.prefix, self.blocks = prefix, blocks
 
@@ -123,7 +127,8 @@ class TokenMerge(TechniqueCallback):
 
     def alter_model(self, run: Run) -> None:
         pl_module = run.module
-        self._found = find_blocks(pl_module, self.blocks)
+        known = self.blocks is not None or self.prefix is not None
+        self._found = find_blocks(pl_module, self.blocks) if known else one_of(pl_module, image_blocks(pl_module))
         if pairs := relative_positions(self._found.container):
             raise PatchesError(
                 f"The blocks at {self._found.path!r} hold relative positions ({pairs[0]}), for all tokens in their "
@@ -131,8 +136,10 @@ class TokenMerge(TechniqueCallback):
             )
         if self.prefix is None:
             try:
-                embedding = find_patches(pl_module, self.blocks)
+                embedding = find_patches(pl_module, self._found.path)
             except PatchesError as error:
+                if not any(isinstance(part, nn.Conv2d) for part in pl_module.modules()):
+                    raise  # nothing sees images here
                 raise PatchesError(f"{error} Say how many tokens precede the patches: TokenMerge(prefix=1).") from None
             run.at_end(embedding.module.register_forward_hook(partial(_count, self._state)).remove)
         for block in self._found:
@@ -197,7 +204,7 @@ class Merge:
         if self.first:
             own = hidden.shape[1] - state["patches"] if self.prefix is None else self.prefix
             if not 0 <= own < hidden.shape[1]:
-                raise MisconfigurationException(
+                raise TokenMergeError(
                     f"The first block gets {hidden.shape[1]} tokens, and {state.get('patches')} patches are cut: "
                     "say how many tokens of its own come first: TokenMerge(prefix=1)."
                 )
@@ -218,20 +225,20 @@ class Merge:
 
     def _check(self, hidden: Tensor, args: Any, kwargs: Any) -> None:
         if self.compiled or torch.compiler.is_compiling():
-            raise MisconfigurationException(
+            raise TokenMergeError(
                 "TokenMerge looks into the attention while it runs, which compiled code does not let it. Leave "
                 "torch.compile or the technique out."
             )
         if self.recomputed or torch._C._current_graph_task_id() != -1:
-            raise MisconfigurationException(_RECOMPUTED)
+            raise TokenMergeError(_RECOMPUTED)
         if hidden.ndim != 3:
-            raise MisconfigurationException(
+            raise TokenMergeError(
                 f"TokenMerge met hidden states of shape {tuple(hidden.shape)} and needs (batch, length, width)."
             )
         for value in (*args, *kwargs.values()):
             for part in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(part, Tensor) and {hidden.shape[1], self.state.get("patches", -1)} & set(part.shape):
-                    raise MisconfigurationException(
+                    raise TokenMergeError(
                         f"The blocks also get an input of shape {tuple(part.shape)}, one entry a token. TokenMerge "
                         "serves models that add their positions before the blocks and take no mask."
                     )
@@ -271,7 +278,7 @@ class Watch:
         self.caught.__exit__(*error)
         self.hook.remove()
         if error[0] is None and self.keys is not None and self.bias is not None and not self.weighed:
-            raise MisconfigurationException(
+            raise TokenMergeError(
                 f"The attention at {self.attention.path!r} does not go through scaled_dot_product_attention, so that "
                 "tokens cannot be weighed by their size. Choose that implementation (attn_implementation='sdpa'), or "
                 "TokenMerge(proportional=False)."
@@ -279,14 +286,14 @@ class Watch:
 
     def _weigh(self, call: Call) -> Tensor:
         if call.causal:
-            raise MisconfigurationException(
+            raise TokenMergeError(
                 "The attention is causal: a token that is merged with a later one would see the future. TokenMerge "
                 "serves Vision Transformers."
             )
         if self.bias is None or call.key.shape[2] != self.bias.shape[1]:
             return sdpa(call)
         if call.mask is not None and call.mask.dtype == torch.bool:
-            raise MisconfigurationException("The attention gets a mask. TokenMerge serves models that take none.")
+            raise TokenMergeError("The attention gets a mask. TokenMerge serves models that take none.")
         self.weighed = True
         bias = self.bias[:, None, None].to(call.query.dtype)
         return sdpa(call._replace(mask=bias if call.mask is None else call.mask + bias))

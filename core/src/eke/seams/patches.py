@@ -114,9 +114,11 @@ def image_blocks(module: nn.Module, paths: str | Sequence[str] | None = None) ->
 
 def _not_one(module: nn.Module, where: str, cutting: list[str], convolutions: dict[str, nn.Module]) -> PatchesError:
     have = ", ".join(f"{name} {part.kernel_size}" for name, part in convolutions.items()) or "no convolution"
+    flat = any(len(part.kernel_size) == 2 for part in convolutions.values())
     return PatchesError(
         f"{type(module).__name__} has {len(cutting)} convolutions that cut images into patches (stride and kernel "
         f"alike) outside its blocks{where}; it has {have}."
+        f"{'' if flat else ' What acts on patches has nothing to do here: leave it out.'}"
     )
 
 

@@ -18,7 +18,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--certify",
         action="store_true",
-        help="write certificate.json into the package of each technique that passed its whole contract",
+        help="write certificate.json into the package of each technique that passed its whole contract, and zoo.json "
+        "where it met the whole zoo",
     )
     group.addoption(
         "--changed",
@@ -85,6 +86,7 @@ class Certifier:
             contract = f"{item.nodeid.partition('::')[0]}::{cls.__name__}" if _is_contract(cls) else ""
             if contract:
                 self.classes[contract] = cls
+            meets = getattr(cls, "eke_zoo", False) and "animal" in getattr(item, "fixturenames", ())
             parameters = item.callspec.params if hasattr(item, "callspec") else {}
             self.outcomes.rows[item.nodeid] = Row(
                 name=item.name,
@@ -93,6 +95,7 @@ class Certifier:
                 contract=contract,
                 shape=getattr(parameters.get("shape"), "__name__", ""),
                 exercises=dict(getattr(getattr(item, "function", None), "eke_exercises", {})),
+                zoo=f"{item.nodeid.partition('::')[0]}::{cls.__name__}" if meets else "",
             )
 
     @pytest.hookimpl(hookwrapper=True)
@@ -107,6 +110,7 @@ class Certifier:
             row.outcome = "failed"
         elif report.when == "call":
             row.outcome = "passed"
+            row.came = dict(item.user_properties).get("zoo", {})
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
@@ -115,13 +119,13 @@ class Certifier:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
-        from eke.testing.certify import certify, contract_of
+        from eke.testing.certify import certify, contract_of, met
 
         self.outcomes.contracts.update({key: contract_of(cls) for key, cls in self.classes.items()})
         if hasattr(self.config, "workeroutput"):
             self.config.workeroutput["eke"] = self.outcomes.plain()
         else:
-            self.lines = certify(self.outcomes)
+            self.lines = met(self.outcomes) + certify(self.outcomes)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         terminalreporter.section("certificates")
