@@ -312,11 +312,7 @@ class PEFT(TechniqueCallback):
             group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
         if not any(group["params"] for group in optimizer.param_groups):
             held = [name for name, one in run.module.named_parameters() if id(one) in frozen]
-            others = (
-                f", or let some of its own train, as PEFT(train={held[:1]!r})"
-                if len(run.trainer.optimizers) > 1
-                else ""
-            )
+            others = f", or let some of its own train, as PEFT(train={held[:1]!r})" if held else ""
             raise PEFTError(
                 f"the {type(optimizer).__name__} that configure_optimizers returned holds none of the parameters that "
                 f"train. Give it self.parameters(): frozen ones are taken out of it{others}."

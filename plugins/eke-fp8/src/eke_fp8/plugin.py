@@ -121,7 +121,8 @@ class FP8(TechniqueCallback):
 
     Raises:
         FP8Error: an unknown word, or an option that another one makes void; hardware or packages that a demanded
-            ``backend`` lacks; no layer to convert; Lightning's own precision plugin for Transformer Engine in the same Trainer.
+            ``backend`` lacks; no layer to convert; Lightning's own precision plugin for Transformer Engine in the same
+            Trainer.
     """
 
     technique: ClassVar[Technique] = RECORD

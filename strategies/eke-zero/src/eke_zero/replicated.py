@@ -36,7 +36,7 @@ class ReplicatedZeRO(Engine, DDPStrategy):
         if without:
             more = f" and {len(without) - 3} more" if len(without) > 3 else ""
             raise ZeROError(
-                f"The loss does not reach {', '.join(without[:3])}{more}, and processes would wait for these gradients. "
+                f"The loss does not reach {', '.join(without[:3])}{more}, and processes would wait for the gradients. "
                 "Freeze them in the model, by requires_grad_(False), or leave ZeRO out."
             )
 
