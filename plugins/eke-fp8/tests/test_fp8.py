@@ -251,6 +251,18 @@ def test_a_model_without_a_layer_for_it_is_refused_and_whole():
     assert type(module.blocks[0].mlp.fc1) is nn.Linear
 
 
+def test_the_advice_names_a_layer_that_can_be_converted_and_where_there_is_none_says_so():
+    class Wide(TinyBlocks):
+        def make(self, dropout, layers):
+            super().make(dropout, layers)
+            self.blocks = nn.ModuleList(nn.LayerNorm(16) for _ in range(2))
+
+    with pytest.raises(FP8Error, match=r"Name those that are to be converted, such as FP8\(layers=\['head'\]\)"):
+        fit(Wide(), FP8())
+    with pytest.raises(FP8Error, match="None of them can be converted: leave FP8 out"):
+        fit(Wide(), FP8(min_features=4096))
+
+
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "delayed"])
 def test_a_conv1d_computes_what_a_linear_layer_of_its_weight_does(recipe):
     from transformers.pytorch_utils import Conv1D

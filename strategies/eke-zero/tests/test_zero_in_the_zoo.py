@@ -1,7 +1,9 @@
 """On every model of the zoo, on one process: what is divided among several is the same run."""
 
-from eke.testing import ZooContract
-from eke_zero import ZeRO
+import pytest
+import torch
+from eke.testing import TinyBlocks, ZooContract, fit
+from eke_zero import ZeRO, ZeROError
 
 
 class TestStageOneInTheZoo(ZooContract):
@@ -18,3 +20,21 @@ class TestStageThreeInTheZoo(TestStageOneInTheZoo):
 
     def build_in_zoo(self, animal):
         return ZeRO(stage=3)
+
+
+class Spare(TinyBlocks):
+    """Holds a parameter that the loss does not reach, as DINOv2 its mask token."""
+
+    def make(self, dropout, layers):
+        super().make(dropout, layers)
+        self.spare = torch.nn.Parameter(torch.zeros(3))
+
+
+def test_a_parameter_that_the_loss_does_not_reach_is_named_before_the_first_step():
+    model = Spare()
+    with pytest.raises(ZeROError, match=r"does not reach spare, .*requires_grad_\(False\)"):
+        fit(model, ZeRO(stage=1))
+    assert model.trainer.global_step == 0
+    model = Spare()
+    model.spare.requires_grad_(False)
+    fit(model, ZeRO(stage=1), epochs=1)
