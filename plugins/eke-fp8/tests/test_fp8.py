@@ -5,7 +5,7 @@ import torch
 from eke.__main__ import main
 from eke.seams.layers import restore, swap
 from eke.seams.names import NamesError
-from eke.testing import TinyBlocks, TinyGPT2, TinyTransformer
+from eke.testing import TinyBlocks, TinyGPT2, TinyTransformer, fit
 from eke.testing.data import Tokens, shuffled
 from eke_fp8 import FP8, FP8Error, chunked_product, round_to, shift_and_squeeze, to_float8
 from eke_fp8.arithmetic import E4M3, E5M2, RECIPES, Arithmetic, emulate, scale_for
