@@ -48,6 +48,8 @@ class Masking(TechniqueCallback):
 
     technique: ClassVar[Technique] = RECORD
 
+    _read: bool = in_run(False)  # whether the step was seen to read the labels
+
     def __init__(
         self, mask_token: int, vocabulary: int, special: Sequence[int], share: float, masked: float, random: float
     ) -> None:
@@ -64,10 +66,6 @@ class Masking(TechniqueCallback):
         self._evaluated = 0
         self._empty = False  # whether nothing could be hidden in the batch at hand
         self._warned = False
-        self._read = False  # whether the step was seen to read the labels
-
-    def check(self, run: Run) -> None:
-        self._read = False
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._evaluated = 0
