@@ -14,6 +14,7 @@ import torch
 from eke import EkeError, Run, Technique, TechniqueCallback, in_run
 from eke.seams import interceptor
 from eke.seams.blocks import find_all_blocks, find_attention
+from eke.seams.patches import relative_positions
 from eke.seams.progress import Until
 from eke.seams.step import fails_too
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -156,6 +157,11 @@ class RandomLTD(TechniqueCallback):
                 "RandomLTD needs three or more."
             )
         for one in served:
+            if pairs := relative_positions(one.container):
+                raise RandomLTDError(
+                    f"The blocks at {one.path!r} hold relative positions ({pairs[0]}), for all tokens in their places: "
+                    "none can be left out. RandomLTD serves blocks without, such as ViT's."
+                )
             for attention in find_attention(one[1]):
                 if attention.kind == "torch" and not attention.module.batch_first:
                     raise RandomLTDError(
