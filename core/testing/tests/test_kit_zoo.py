@@ -49,7 +49,7 @@ class AdvisesWhatFails(Refuses):
     words = "AdvisesWhatFails needs another level. Give AdvisesWhatFails(level=3)."
 
     def around_step(self, run, call_next, batch, *args):
-        return call_next(batch[: self.level], *args)
+        return call_next(batch[: self.level - 2], *args)
 
 
 class SaysPython(Refuses):

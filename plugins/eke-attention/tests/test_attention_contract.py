@@ -1,3 +1,4 @@
+import pytest
 from eke.testing import TechniqueContract, TinyBlocks, TinyGPT2, TinyTransformer
 from eke_attention import Attention, Documents, Sanger, SlidingWindow
 
@@ -16,6 +17,10 @@ class TestContract(TechniqueContract):
 
     def build(self):
         return Attention()
+
+    def shows(self, plain, seen):
+        assert seen.losses == pytest.approx(plain.losses)
+        return ""
 
 
 class TestContractOfBlocks(TechniqueContract):
@@ -51,3 +56,6 @@ class TestContractOfPredictedPairs(TechniqueContract):
 
     def build(self):
         return Attention(Sanger(0.05))
+
+    def build_in_zoo(self, animal):
+        return Attention(Sanger(0.3))

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from eke.testing import TinyBlocks, ZooContract, fit
+from eke.testing import TinyBlocks, ZooContract
+from eke.testing.models import STEPS
+from eke.testing.run import make_trainer
 from eke_zero import ZeRO, ZeROError
 
 
@@ -31,10 +33,11 @@ class Spare(TinyBlocks):
 
 
 def test_a_parameter_that_the_loss_does_not_reach_is_named_before_the_first_step():
-    model = Spare()
+    model, trainer = Spare(), make_trainer(ZeRO(stage=1), epochs=1)
     with pytest.raises(ZeROError, match=r"does not reach spare, .*requires_grad_\(False\)"):
-        fit(model, ZeRO(stage=1))
-    assert model.trainer.global_step == 0
-    model = Spare()
+        trainer.fit(model)
+    assert trainer.global_step == 0
     model.spare.requires_grad_(False)
-    fit(model, ZeRO(stage=1), epochs=1)
+    trainer = make_trainer(ZeRO(stage=1), epochs=1)
+    trainer.fit(model)
+    assert trainer.global_step == STEPS

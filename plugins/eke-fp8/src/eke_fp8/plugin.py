@@ -287,5 +287,5 @@ def _listed(left: dict[str, str]) -> str:
     return "; ".join(f"{_some(names)}: {why}" for why, names in by_reason.items()) or "none"
 
 
-def _some(names: list[str], show: int = 3) -> str:
+def _some(names: list[str], show: int = 2) -> str:
     return ", ".join(names) if len(names) <= show else f"{', '.join(names[:show])} and {len(names) - show} more"

@@ -80,6 +80,12 @@ class Seen(Callback):
             if not inside or path.startswith(inside) == blocks
         )
 
+    def shares(self, plain: Seen) -> set[float]:
+        """By layer of the blocks, rows with the technique over rows without: what does not go by sample has 1."""
+        inside = tuple(f"{path}." for path in self.block_paths)
+        total, without = (sum(counters, Counter()) for counters in (self.rows, plain.rows))
+        return {total[path] / without[path] for path in without if not inside or path.startswith(inside)}
+
     def share_of(self, plain: Seen) -> str:
         """How many of the rows in the blocks there were, in words."""
         return f"{self.in_blocks()} of {plain.in_blocks()} rows"
@@ -311,6 +317,8 @@ def _by_channel(module: nn.Module) -> bool:
 
 
 def _bytes(tensor: Tensor) -> int:
+    if hasattr(tensor, "to_local"):
+        return _bytes(tensor.to_local())  # this process's part
     parts = getattr(tensor, "__tensor_flatten__", None)
     if parts is None:
         return tensor.nbytes
