@@ -21,6 +21,8 @@ def registered(monkeypatch):
 class TestContract(TechniqueContract):
     exceptions = {"test_it_costs_nothing_when_it_has_nothing_to_do": "it takes each step's weights into its mean"}
 
+    zoo = ("gpt2", "t5", "vit", "by_hand")
+
     def build(self):
         return Average()
 

@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from eke import EkeError, NoEffectWarning
+from eke import EkeError, NoEffectWarning, TechniqueCallback
 from eke.quiet import quiet
 from eke.seams.blocks import BlocksError, find_all_blocks
 from eke.testing.run import make_trainer, seed_everything
@@ -45,6 +45,7 @@ class Seen(Callback):
         states: Bytes of optimizer states at the end.
         trained: Parameters that had a gradient, in numbers.
         parameters: Of the model at the end, in numbers.
+        evaluated: Whether validation would see other weights than those that train.
         said: Warnings that the technique found nothing to act on.
     """
 
@@ -57,6 +58,7 @@ class Seen(Callback):
     states: int = 0
     trained: int = 0
     parameters: int = 0
+    evaluated: bool = False
     said: list[str] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
     trainer: Trainer | None = None
@@ -134,6 +136,8 @@ class Seen(Callback):
         )
         self.parameters = sum(weight.numel() for weight in pl_module.parameters())
         self.weights = {name: _whole(weight) for name, weight in pl_module.named_parameters()}
+        others = self.technique.eval_weights() if isinstance(self.technique, TechniqueCallback) else None
+        self.evaluated = any(not torch.equal(_whole(one), self.weights[name]) for name, one in (others or {}).items())
 
     def on_exception(self, *_: Any) -> None:
         self._close()
@@ -208,7 +212,7 @@ def meets(
 
 def differs(plain: Seen, seen: Seen) -> str:
     """The check of a technique that has none of its own: the run is another than without it, in whatever way."""
-    parts = [part for part in ("losses", "rows", "again", "calls", "states", "trained", "parameters")
+    parts = [part for part in ("losses", "rows", "again", "calls", "states", "trained", "parameters", "evaluated")
              if getattr(plain, part) != getattr(seen, part)]  # fmt: skip
     moved = {path for path in plain.weights if path not in seen.weights}
     moved |= {path for path, weight in plain.weights.items() if path in seen.weights
