@@ -26,6 +26,9 @@ class TestContract(TechniqueContract):
     def build(self):
         return Average()
 
+    def build_in_zoo(self, animal):
+        return Average(start=0.0)
+
 
 class Sharded(TinyBlocks):
     """Shards itself, as Lightning's own strategy for it wants."""

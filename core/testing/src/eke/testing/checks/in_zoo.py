@@ -135,7 +135,7 @@ class Seen(Callback):
             if isinstance(tensor, Tensor) and tensor.numel() > 1
         )
         self.parameters = sum(weight.numel() for weight in pl_module.parameters())
-        self.weights = {name: _whole(weight) for name, weight in pl_module.named_parameters()}
+        self.weights = {name: _whole(weight) for name, weight in pl_module.named_parameters(remove_duplicate=False)}
         others = self.technique.eval_weights() if isinstance(self.technique, TechniqueCallback) else None
         self.evaluated = any(not torch.equal(_whole(one), self.weights[name]) for name, one in (others or {}).items())
 
