@@ -54,7 +54,7 @@ table: .venv/ready
 
 # What each technique does on each model of the zoo: into its package, by its tests, and into docs/zoo.md.
 zoo: .venv/ready
-	$(pytest) -q --certify -k in_the_zoo $(or $(ARGS),$(addsuffix /tests,$(filter-out core core/% bench,$(dists))))
+	$(pytest) -q --zoo -k in_the_zoo $(or $(ARGS),$(addsuffix /tests,$(filter-out core core/% bench,$(dists))))
 	$(python) tools/zoo_page.py
 
 format: .venv/ready

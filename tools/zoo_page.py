@@ -1,7 +1,7 @@
 """Writes docs/zoo.md: what each technique does on each model of the zoo, as its tests found it; with ``--check`` it
 only says whether the page is fresh.
 
-The tests write what they found into each package (``python -m pytest --certify``), as zoo.json beside the certificate.
+The tests write what they found into each package (``python -m pytest --zoo``), as zoo.json beside the certificate.
 """
 
 from __future__ import annotations

@@ -22,6 +22,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "where it met the whole zoo",
     )
     group.addoption(
+        "--zoo",
+        action="store_true",
+        help="write zoo.json into the package of each technique that met the whole zoo, and no certificate",
+    )
+    group.addoption(
         "--changed",
         action="store_true",
         help="leave out tests of techniques that nothing they depend on has changed for since they were certified",
@@ -29,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--certify"):
+    if config.getoption("--certify") or config.getoption("--zoo"):
         config.pluginmanager.register(Certifier(config), "eke-certifier")
     if config.getoption("--changed"):
         config.pluginmanager.register(Unchanged(config), "eke-unchanged")
@@ -125,7 +130,8 @@ class Certifier:
         if hasattr(self.config, "workeroutput"):
             self.config.workeroutput["eke"] = self.outcomes.plain()
         else:
-            self.lines = met(self.outcomes) + certify(self.outcomes)
+            certified = certify(self.outcomes) if self.config.getoption("--certify") else []
+            self.lines = met(self.outcomes) + certified
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         terminalreporter.section("certificates")

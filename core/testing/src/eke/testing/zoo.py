@@ -549,6 +549,8 @@ def _animals() -> list[Animal]:
                ("text", "causal", "no attention", "tied", "dictionary")),
         Animal("bert", "masked tokens by its collator", _shape("bert"), Sentences, to_mask,
                ("text", "masked", "tied", "dropout", *dictionary, *padding)),
+        Animal("bert_texts", "labels are the tokens: what masking on the device asks for", _shape("bert"), Sentences,
+               Padded(), ("text", "tied", "dropout", *dictionary, *padding)),
         Animal("bert_classifier", "a class for each text, token types", _shape("bert_classifier"), Reviews,
                Padded(labels="class", types=True),
                ("text", "classes", "pads right", "lengths differ", "dropout", *dictionary)),
