@@ -91,9 +91,9 @@ class TokenMerge(TechniqueCallback):
         blocks: Dotted path of the list of blocks. Needed where a model has more than one.
 
     Raises:
-        ValueError: wrong numbers; no patch embedding, without ``prefix``; relative positions; blocks without attention.
-        MisconfigurationException: a run of unknown length with a tail; causal attention; attention that does not go
-            through ``scaled_dot_product_attention``, with ``proportional``; compiled blocks; activation checkpointing.
+        PatchesError: no patch embedding, without ``prefix``; relative positions; blocks without attention.
+        TokenMergeError: wrong numbers; causal attention; attention that does not go through
+            ``scaled_dot_product_attention``, with ``proportional``; compiled blocks; activation checkpointing.
     """
 
     technique: ClassVar[Technique] = RECORD
