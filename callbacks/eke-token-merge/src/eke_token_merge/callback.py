@@ -128,12 +128,14 @@ class TokenMerge(TechniqueCallback):
     def alter_model(self, run: Run) -> None:
         pl_module = run.module
         known = self.blocks is not None or self.prefix is not None
-        self._found = find_blocks(pl_module, self.blocks) if known else one_of(pl_module, image_blocks(pl_module))
-        if pairs := relative_positions(self._found.container):
-            raise PatchesError(
-                f"The blocks at {self._found.path!r} hold relative positions ({pairs[0]}), for all tokens in their "
-                "places: none can be merged. TokenMerge serves blocks without, such as ViT's."
-            )
+        lists = [find_blocks(pl_module, self.blocks)] if known else image_blocks(pl_module)
+        for found in lists:
+            if pairs := relative_positions(found.container):
+                raise PatchesError(
+                    f"The blocks at {found.path!r} hold relative positions ({pairs[0]}), for all tokens in their "
+                    "places: none can be merged. TokenMerge serves blocks without, such as ViT's."
+                )
+        self._found = one_of(pl_module, lists)
         if self.prefix is None:
             try:
                 embedding = find_patches(pl_module, self._found.path)

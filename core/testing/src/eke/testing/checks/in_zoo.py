@@ -274,8 +274,7 @@ def _refusal(seen: Seen, epochs: int, batches: int, **options: Any) -> str | Non
 
 
 def _helps(words: str, animal: Animal, build: Build, epochs: int, batches: int, options: Mapping[str, Any]) -> None:
-    """Follow the advice of a refusal, as far as it is written as an argument with its value: the same words must not
-    come again, and what comes has to be a run or words as well."""
+    """Follow the advice of a refusal, as far as it is written as an argument with its value: then it has to train."""
     for name, value, change in advice(words, build(animal), animal):
         seen = Seen(animal, build(animal))
         if change is None:
@@ -286,9 +285,7 @@ def _helps(words: str, animal: Animal, build: Build, epochs: int, batches: int, 
             raise AssertionError(
                 f"{name}={value!r} is advised and ends in {type(error).__name__}: {error}. Advised was: {words}"
             ) from error
-        assert again != words, f"{name}={value!r} is advised and does not help: {words}"
-        if again is not None:
-            readable(again)
+        assert again is None, f"{name}={value!r} is advised and does not help: {again} Advised was: {words}"
 
 
 def advice(words: str, technique: object, animal: Animal) -> list[tuple[str, Any, Any]]:
