@@ -7,22 +7,18 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from eke import beside, compose, strategies
-from eke.spec import EkeError, Technique
+from eke.refusal import RunError
+from eke.spec import Technique
 
 if TYPE_CHECKING:
     from eke.run import Run
     from eke.technique import TechniqueCallback
-
-
-class RunError(EkeError, MisconfigurationException, ValueError):
-    """A run that cannot work with a technique, as the technique's record says."""
 
 
 def overrides(technique: TechniqueCallback, method: str) -> bool:
