@@ -126,7 +126,10 @@ class TokenDrop(TechniqueCallback):
         except PatchesError as error:
             if self.prefix is not None:
                 return [find_blocks(module)]  # which cuts images in a way of its own
-            if any(isinstance(part, nn.Embedding) for part in module.modules()):
+            parts = list(module.modules())
+            if any(isinstance(part, nn.Embedding) for part in parts) or not any(
+                isinstance(p, nn.Conv2d) for p in parts
+            ):
                 raise PatchesError(
                     f"{error} TokenDrop leaves out patches of images. On texts, eke-random-ltd leaves tokens out of "
                     "the middle blocks."
