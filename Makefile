@@ -4,7 +4,7 @@ pip    := $(python) -m pip install --quiet --disable-pip-version-check
 # A process for each core, one thread each. Tests that share something slow to make stay in one process (xdist_group).
 pytest := OMP_NUM_THREADS=1 $(python) -m pytest -n auto --dist loadgroup
 
-.PHONY: train bench gpu test test-all test-gpu test-slow test-deepspeed isolated certify table format lint clean
+.PHONY: train bench gpu test test-all test-gpu test-slow test-deepspeed isolated certify table zoo format lint clean
 
 # The main job: train on the standard library's own source, side by side. Options: make train ARGS="--text notes.txt --plain-only"
 train: .venv/ready
@@ -51,6 +51,11 @@ certify: .venv/ready
 # The table of techniques in README.md, from metadata, records and stored measurements.
 table: .venv/ready
 	$(python) tools/readme_table.py
+
+# What each technique does on each model of the zoo: into its package, by its tests, and into docs/zoo.md.
+zoo: .venv/ready
+	$(pytest) -q --zoo -k in_the_zoo $(or $(ARGS),$(addsuffix /tests,$(filter-out core core/% bench,$(dists))))
+	$(python) tools/zoo_page.py
 
 format: .venv/ready
 	$(python) -m ruff check --fix .

@@ -331,11 +331,28 @@ def test_info_tells_the_record_the_arguments_the_exceptions_and_the_certificate(
         "Contract, with these exceptions",
         "test_two_processes_equal_one Each process counts for itself.",
         "",
+        "On the zoo's models: not tried",
+        "",
         "Certificate",
         "date 2026-11-24",
         "versions torch 2.13.0+cpu, lightning 2.6.6",
         "strategies single device, ddp",
         "precisions 32-true, bf16-mixed",
+    ]
+
+
+def test_info_tells_which_models_of_the_zoo_it_trains_and_of_others_why_not_each_reason_once(site, capsys):
+    home = install(site, "shrink")
+    refused = {"outcome": "refuses", "words": "It needs texts. Leave it out."}
+    animals = {"bert": {"outcome": "trains", "words": "3 of 6 rows"}, "vit": refused, "cnn": refused}
+    (home / "zoo.json").write_text(json.dumps({"technique": "shrink", "date": "2026-11-28", "animals": animals}))
+    _, out, _ = run(capsys, "info", "shrink")
+    flat = [" ".join(line.split()) for line in out.splitlines()]
+    start = flat.index("On the zoo's models (2026-11; docs/zoo.md)")
+    assert flat[start + 1 : start + 4] == [
+        "trains bert (3 of 6 rows)",
+        "vit, cnn refuses: It needs texts. Leave it out.",
+        "",
     ]
 
 

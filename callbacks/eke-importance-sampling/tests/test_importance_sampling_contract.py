@@ -11,3 +11,7 @@ class TestContract(TechniqueContract):
 
     def idle(self):
         return ImportanceSampling(1.0)
+
+    def shows(self, plain, seen):
+        assert seen.shares(plain) in ({0.5}, {0.5, 1.0})  # samples of which a gradient is taken
+        return seen.share_of(plain)

@@ -1,3 +1,4 @@
+import pytest
 from eke.testing import TechniqueContract
 from eke_importance_sampling import RAIS
 
@@ -8,3 +9,11 @@ class TestContract(TechniqueContract):
 
     def build(self):
         return RAIS(0.3)
+
+    zoo_run = {"epochs": 2}
+
+    def shows(self, plain, seen):
+        first, second = seen.losses[:2], seen.losses[2:]
+        assert first == pytest.approx(plain.losses[:2])  # the first epoch has no norms yet
+        assert second != pytest.approx(plain.losses[2:])
+        return ""

@@ -12,3 +12,12 @@ class TestContract(TechniqueContract):
 
     def idle(self):
         return InfoBatch(0.0)
+
+    zoo_run = {"epochs": 2}
+
+    def build_in_zoo(self, animal):
+        return InfoBatch(0.5, anneal=0.0)
+
+    def shows(self, plain, seen):
+        assert seen.in_blocks() < plain.in_blocks()
+        return seen.share_of(plain)

@@ -17,10 +17,23 @@ class TestContract(TechniqueContract):
     def test_it_fails_cleanly(self, where):
         checks.fails_cleanly(self.subject(), where)
 
+    def shows(self, plain, seen):
+        assert 0 < seen.in_blocks() < plain.in_blocks()
+        assert "masked_loss" in seen.trainer.callback_metrics
+        return seen.share_of(plain)
+
 
 class TestContractOfSimMIM(TestContract):
+    zoo = ("vit",)
     arguments = {"method": "simmim", "unit": 2}
     unseen = {"replaces tokens": "All patches pass, those that are hidden as one learned token."}
 
     def build(self):
         return MAE(method="simmim", unit=2)
+
+    def build_in_zoo(self, animal):
+        return MAE(method="simmim", unit=8)
+
+    def shows(self, plain, seen):
+        assert "masked_loss" in seen.trainer.callback_metrics
+        return ""

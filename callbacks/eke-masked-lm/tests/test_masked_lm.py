@@ -1,9 +1,11 @@
 """What masking promises: the papers' shares, whole words, spans, MASS's own example, and a head that loses nothing."""
 
 from collections import UserDict, namedtuple
+from dataclasses import dataclass
 from itertools import groupby
 from random import Random
 
+import eke
 import pytest
 import torch
 from eke.testing import TinyBlocks, fit, hugging_face
@@ -477,7 +479,8 @@ def test_mass_with_nothing_to_hide_has_a_finite_loss_times_zero():
     batch = technique.hide({"input_ids": torch.full((2, 6), PAD)}, 0)
     assert (batch["labels"] != -100).sum() == 1
     assert batch["decoder_attention_mask"].any(1).all()
-    assert technique.around_step(None, lambda batch: torch.tensor(3.0), batch) == 0
+    run = eke.Run(technique, None, TinyBlocks())
+    assert technique.around_step(run, lambda batch: batch["labels"].sum() * 0 + 3.0, batch) == 0
 
 
 def test_mass_begins_at_the_beginning_in_a_fifth_and_ends_at_the_end_in_a_fifth():
@@ -532,9 +535,9 @@ def test_wrong_arguments_are_refused_at_once(arguments, said):
 
 
 def test_batches_and_heads_that_it_cannot_serve_are_refused_with_the_reason():
-    with pytest.raises(MisconfigurationException, match=r"holds no token ids .* found Tensor \(2, 3, 4\)"):
+    with pytest.raises(MisconfigurationException, match=r"holds no token ids .* found float32 of shape \(2, 3, 4\)"):
         MaskedLM(MASK, SIZE).hide(torch.zeros(2, 3, 4), 0)
-    with pytest.raises(MisconfigurationException, match="found NoneType"):
+    with pytest.raises(MisconfigurationException, match="found inputs in a dict"):
         MaskedLM(MASK, SIZE).hide({"inputs": 3}, 0)
     with pytest.raises(MisconfigurationException, match="does not know which tokens make a word"):
         MaskedLM(MASK, SIZE, unit="word").hide(text(), 0)
@@ -562,3 +565,34 @@ def test_compiled_by_block_it_takes_few_graphs():
     torch._dynamo.utils.counters.clear()
     fit(model, MaskedLM(VOCABULARY - 1, VOCABULARY, head="head"), epochs=3)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_step_that_does_not_read_the_labels_is_refused_before_it_trains_on_texts_with_holes():
+    class Deaf(TinyBlocks):
+        def loss(self, batch):
+            return self(batch[0]).logsumexp(-1).mean()
+
+    class Late(TinyBlocks):
+        def loss(self, batch):  # a view of the labels is enough
+            return F.cross_entropy(self(batch[0]).flatten(0, 1), batch[1].view(-1))
+
+    masking = MaskedLM(VOCABULARY - 1, VOCABULARY, share=0.4)
+    with pytest.raises(MaskingError, match="does not read the labels that MaskedLM made.*Let Deaf predict"):
+        fit(Deaf(), masking)
+    fit(Late(), masking, epochs=1)
+
+
+@dataclass
+class Sentences:
+    input_ids: torch.Tensor
+    labels: torch.Tensor | None = None
+
+
+def test_a_dataclass_with_input_ids_gets_labels_and_one_without_is_named():
+    batch = Sentences(text(4, 10))
+    hidden = MaskedLM(MASK, SIZE, share=0.3).hide(batch, 1)
+    assert type(hidden) is Sentences
+    assert (hidden.labels != -100).sum() == 4 * 3
+    assert batch.labels is None
+    with pytest.raises(MaskingError, match="found pixel_values, labels in a dict"):
+        MaskedLM(MASK, SIZE).hide({"pixel_values": torch.zeros(2, 3, 4, 4), "labels": torch.zeros(2)}, 1)

@@ -26,3 +26,13 @@ class TestPEFT(TechniqueContract):
 
     def test_a_command_line_builds_it(self):  # which cannot import a model from this file
         checks.a_command_line_builds_it(self.subject(model=TinyBlocks))
+
+    def build_in_zoo(self, animal):
+        return PEFT(settings={"r": 2})
+
+    def shows(self, plain, seen):
+        assert 0 < seen.trained < plain.trained
+        before = dict(seen.animal.build(0).named_parameters())
+        frozen = [path for path, weight in seen.model.named_parameters() if not weight.requires_grad and path in before]
+        assert all(seen.weights[path].equal(before[path]) for path in frozen)
+        return f"{seen.trained} of {seen.parameters} parameters train"

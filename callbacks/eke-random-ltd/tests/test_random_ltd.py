@@ -13,6 +13,7 @@ from eke_random_ltd import RandomLTD, RandomLTDError, cut_side_inputs, draw_posi
 from eke_random_ltd.callback import Choose, Side
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 
@@ -187,7 +188,10 @@ def test_what_a_block_hands_on_reaches_the_next_one_whole():
     assert none is None
     assert hidden.sum() == 2 * 4 * 3
     assert block(torch.zeros(2, 8, 3), position_bias=bias)[1] is bias
-    with pytest.raises(eke.EkeError, match="a skipped block has no cache"):  # one that it made for 4 of 8 tokens
+    plain, block.forward = block.forward, partial(checkpoint, block.forward, use_reentrant=True)  # gives an alias
+    assert block(torch.zeros(2, 8, 3, requires_grad=True), bias)[1] is bias
+    block.forward = plain
+    with pytest.raises(eke.EkeError, match="nor run on a part of its tokens"):  # one that it made for 4 of 8 tokens
         block(torch.zeros(2, 8, 3))
 
 
@@ -325,8 +329,16 @@ def test_torchs_own_encoder_and_decoder_are_both_served():
 
 
 def test_a_router_that_needs_every_token_is_said():
-    with pytest.raises(RandomLTDError, match=r"failed where middle blocks see a part.*output_router_logits=False"):
+    with pytest.raises(
+        RandomLTDError, match=r"failed where middle blocks.*attention_mask: leave that out.*router_logits=False"
+    ):
         train(Library("mixtral"), RandomLTD(0.5, duration=1000, multiple=1), "mixtral")
+    model = Library("mixtral")
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, {**kwargs, "attention_mask": None}), with_kwargs=True
+    )
+    train(model, RandomLTD(0.5, duration=1000, multiple=1), "mixtral")  # as it says
+    assert [set(lengths) for lengths in model.seen.values()] == [{16}, {8}, {8}, {16}]
 
 
 def test_an_error_of_ones_own_is_left_alone():
@@ -385,3 +397,12 @@ def test_models_that_it_cannot_serve_are_refused_before_the_first_step():
 def test_windows_of_an_image_are_refused():
     with pytest.raises(RuntimeError, match=r"hidden states of shape \(2, 4, 4, 8\) and needs \(batch, length, width\)"):
         Choose(0.0, 0.5, 1, 0)(torch.zeros(2, 4, 4, 8))
+
+
+def test_swin_is_refused_by_its_relative_positions_before_the_first_step():
+    swin = pytest.importorskip("transformers").SwinModel
+    config = swin.config_class(image_size=32, patch_size=4, embed_dim=8, depths=[3, 2], num_heads=[2, 2], window_size=4)
+    module, technique = LightningModule(), RandomLTD()
+    module.net = swin(config)
+    with pytest.raises(RandomLTDError, match=r"hold relative positions \(.*serves blocks without; leave it out here"):
+        technique.alter_model(eke.Run(technique, None, module))

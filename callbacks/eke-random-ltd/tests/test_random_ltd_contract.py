@@ -10,3 +10,10 @@ class TestContract(TechniqueContract):
 
     def idle(self):
         return RandomLTD(1.0)
+
+    def build_in_zoo(self, animal):
+        return RandomLTD(0.5, duration=1.0, multiple=1)
+
+    def shows(self, plain, seen):
+        assert 0 < seen.in_blocks() < plain.in_blocks()
+        return seen.share_of(plain)

@@ -1,3 +1,4 @@
+import pytest
 from eke.testing import TechniqueContract
 from eke_remat import Remat
 
@@ -6,8 +7,14 @@ class TestContract(TechniqueContract):
     def build(self):
         return Remat()
 
+    def shows(self, plain, seen):
+        assert seen.in_blocks(seen.again) > plain.in_blocks(plain.again)
+        assert seen.losses == pytest.approx(plain.losses, rel=1e-6)
+        return f"{seen.in_blocks(seen.again)} of {seen.in_blocks()} rows computed again"
+
 
 class TestContractOfSpans(TechniqueContract):
+    zoo = ("gpt2",)
     arguments = {"span": 2, "every": 1}
 
     def build(self):
@@ -15,6 +22,7 @@ class TestContractOfSpans(TechniqueContract):
 
 
 class TestContractOfPolicies(TechniqueContract):
+    zoo = ("gpt2",)
     arguments = {"policy": "every second"}
 
     def build(self):

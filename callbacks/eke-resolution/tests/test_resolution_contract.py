@@ -14,8 +14,13 @@ class TestContract(TechniqueContract):
     def idle(self):
         return Resolution(1.0)
 
+    def shows(self, plain, seen):
+        assert 0 < seen.in_blocks() < plain.in_blocks()
+        return seen.share_of(plain)
+
 
 class TestContractOfPatches(TestContract):
+    zoo = ("vit",)
     arguments = {"start": 0.5, "mode": "patches"}
     unseen = {"changes batch content": "Patches change, images do not."}
 

@@ -13,3 +13,7 @@ class TestContract(TechniqueContract):
 
     def idle(self):
         return TokenDrop(0.0)
+
+    def shows(self, plain, seen):
+        assert 0 < seen.in_blocks() < plain.in_blocks()
+        return seen.share_of(plain)

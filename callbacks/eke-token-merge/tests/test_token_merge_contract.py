@@ -12,3 +12,10 @@ class TestContract(TechniqueContract):
 
     def idle(self):
         return TokenMerge(0)
+
+    def build_in_zoo(self, animal):
+        return TokenMerge(1)
+
+    def shows(self, plain, seen):
+        assert 0 < seen.in_blocks() < plain.in_blocks()
+        return seen.share_of(plain)

@@ -20,8 +20,19 @@ class TestContract(TechniqueContract):
         "test_it_costs_nothing_when_it_has_nothing_to_do": "it puts masks on in every step, two operators each"
     }
 
+    zoo = ("blocks", "by_hand")
+
     def build(self):
         return Prune()
+
+    def build_in_zoo(self, animal):
+        return Prune(until=1.0, every=1)
+
+    def shows(self, plain, seen):
+        zeros = [float((weight == 0).float().mean()) for path, weight in seen.weights.items() if ".mlp.fc1.w" in path]
+        share = 0.5 * (1 - (1 - 0.5) ** 3)  # half of the run is through at the second step
+        assert zeros == [share] * len(zeros)
+        return ""
 
 
 def test_at_the_end_each_matrix_has_the_density_that_was_asked_for_and_its_zeros_have_no_moments():

@@ -27,6 +27,7 @@ ALWAYS = {"test_it_costs_nothing_when_it_has_nothing_to_do": "There is no step i
 
 class Sketch(TechniqueContract):
     exceptions = {**STRANGER, **ALWAYS}
+    zoo = ("gpt2", "t5", "vit", "encoder")  # some: what is tried here is the core
 
 
 class TestSchedule(Sketch):

@@ -21,8 +21,13 @@ def registered(monkeypatch):
 class TestContract(TechniqueContract):
     exceptions = {"test_it_costs_nothing_when_it_has_nothing_to_do": "it takes each step's weights into its mean"}
 
+    zoo = ("gpt2", "t5", "vit", "by_hand")
+
     def build(self):
         return Average()
+
+    def build_in_zoo(self, animal):
+        return Average(start=0.0)
 
 
 class Sharded(TinyBlocks):

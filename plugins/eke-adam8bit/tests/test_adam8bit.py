@@ -701,3 +701,10 @@ class TestContract(TechniqueContract):
 
     def idle(self):
         return Adam8bit()
+
+    def build_in_zoo(self, animal):
+        return Adam8bit(backend="torch", min_elements=256, compile=False)
+
+    def shows(self, plain, seen):
+        assert seen.states < plain.states
+        return f"{seen.states} of {plain.states} bytes of state"

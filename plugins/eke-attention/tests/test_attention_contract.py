@@ -1,3 +1,4 @@
+import pytest
 from eke.testing import TechniqueContract, TinyBlocks, TinyGPT2, TinyTransformer
 from eke_attention import Attention, Documents, Sanger, SlidingWindow
 
@@ -9,12 +10,17 @@ RANGES = "The range of its few bits follows the batch, and a part of one has ano
 
 
 class TestContract(TechniqueContract):
+    zoo = ("gpt2",)
     arguments = {"kernel": "sdpa"}
     extra_calls = 300  # attention is caught where it is called
     unseen = {"changes attention": "On a CPU the kernel that it takes by itself is the one that was there."}
 
     def build(self):
         return Attention()
+
+    def shows(self, plain, seen):
+        assert seen.losses == pytest.approx(plain.losses)
+        return ""
 
 
 class TestContractOfBlocks(TechniqueContract):
@@ -23,8 +29,16 @@ class TestContractOfBlocks(TechniqueContract):
     def build(self):
         return Attention(SlidingWindow(3, block=4))
 
+    def build_in_zoo(self, animal):
+        return Attention(SlidingWindow(1, block=1))
+
+    def shows(self, plain, seen):
+        assert seen.losses != plain.losses
+        return ""
+
 
 class TestContractOfDocuments(TechniqueContract):
+    zoo = ("gpt2",)
     shapes = (TinyBlocks, TinyTransformer, TinyGPT2)  # images have no separators
     exceptions = ALWAYS
 
@@ -33,6 +47,7 @@ class TestContractOfDocuments(TechniqueContract):
 
 
 class TestContractOfPredictedPairs(TechniqueContract):
+    zoo = ("gpt2",)
     exceptions = {
         **ALWAYS,
         "test_accumulated_gradients_equal_the_big_batch": RANGES,
@@ -41,3 +56,6 @@ class TestContractOfPredictedPairs(TechniqueContract):
 
     def build(self):
         return Attention(Sanger(0.05))
+
+    def build_in_zoo(self, animal):
+        return Attention(Sanger(0.3))

@@ -5,7 +5,7 @@ import torch
 from eke.__main__ import main
 from eke.seams.layers import restore, swap
 from eke.seams.names import NamesError
-from eke.testing import TinyBlocks, TinyGPT2, TinyTransformer
+from eke.testing import TinyBlocks, TinyGPT2, TinyTransformer, fit
 from eke.testing.data import Tokens, shuffled
 from eke_fp8 import FP8, FP8Error, chunked_product, round_to, shift_and_squeeze, to_float8
 from eke_fp8.arithmetic import E4M3, E5M2, RECIPES, Arithmetic, emulate, scale_for
@@ -249,6 +249,18 @@ def test_a_model_without_a_layer_for_it_is_refused_and_whole():
     with pytest.raises(FP8Error, match="features, fewer than 4096"):
         Trainer(max_steps=1, callbacks=[FP8(min_features=4096)], **QUIET).fit(module, shuffled(Tokens(16)))
     assert type(module.blocks[0].mlp.fc1) is nn.Linear
+
+
+def test_the_advice_names_a_layer_that_can_be_converted_and_where_there_is_none_says_so():
+    class Wide(TinyBlocks):
+        def make(self, dropout, layers):
+            super().make(dropout, layers)
+            self.blocks = nn.ModuleList(nn.LayerNorm(16) for _ in range(2))
+
+    with pytest.raises(FP8Error, match=r"Name those that are to be converted, such as FP8\(layers=\['head'\]\)"):
+        fit(Wide(), FP8())
+    with pytest.raises(FP8Error, match="None of them can be converted: leave FP8 out"):
+        fit(Wide(), FP8(min_features=4096))
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "delayed"])

@@ -9,8 +9,16 @@ class TestContract(TechniqueContract):
     def build(self):
         return FP8("delayed", history=4)
 
+    def shows(self, plain, seen):
+        assert seen.losses != plain.losses
+        assert {path: weight.shape for path, weight in seen.weights.items()} == {
+            path: weight.shape for path, weight in plain.weights.items()
+        }
+        return ""
+
 
 class TestContractOfTensorwise(TechniqueContract):
+    zoo = ("gpt2",)
     shapes = (TinyBlocks, TinyTransformer, TinyViT)
     arguments = {"stochastic": True, "backend": "emulation"}
 

@@ -11,6 +11,7 @@ RECORD = Technique(
     topics=("importance sampling",),
     survey=("is-upper-bound",),
     effects=("replaces batch subset", "replaces loss"),
+    needs=("automatic optimization",),  # a batch is scored by a training_step that must not step
     exactness="unbiased",
     exceptions={
         "test_accumulated_gradients_equal_the_big_batch": "Samples are drawn within each batch, and two small batches "

@@ -7,7 +7,7 @@ counts as sequence by its name, or because it says the same as the token ids.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -207,8 +207,8 @@ def _named(batch: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple
     """Every tensor with its names and places, in the order of :func:`eke.seams.batch.tensors`."""
     if isinstance(batch, Tensor):
         yield path, batch
-    elif isinstance(batch, Mapping):
-        for name, part in batch.items():
+    elif (parts := batches.named_parts(batch)) is not None:
+        for name, part in parts.items():
             yield from _named(part, (*path, str(name)))
     elif isinstance(batch, tuple) and hasattr(batch, "_fields"):
         for name, part in zip(batch._fields, batch, strict=True):
@@ -237,11 +237,18 @@ def _ids(named: list[Any]) -> Tensor:
     whole = [(path, one) for path, one in named if one.ndim == 2 and _is_whole(one)]
     called = [one for path, one in whole if path and path[-1] == "input_ids"]
     candidates = called or [one for path, one in whole if not (path and _NO_IDS.search(str(path[-1])))]
-    if len({one.shape[1] for one in candidates}) != 1:
+    lengths = {one.shape[1] for one in candidates}
+    if not lengths:
         raise SequenceError(
-            f"LengthWarmup found no single length of sequences in a batch of {_shapes(named)}: it needs token ids, "
-            "whole numbers of shape (batch, length), all of one length. Name them, as "
-            "LengthWarmup(sequence=['input_ids', 'labels']), or leave it out here."
+            f"LengthWarmup found no token ids, whole numbers of shape (batch, length), in a batch of {_shapes(named)}. "
+            "Leave it out here: it shortens texts."
+        )
+    if len(lengths) > 1:
+        alike = [path for path, one in named if one.shape[:2] == candidates[0].shape]
+        fitting = [path[0] if len(path) == 1 else ".".join(map(str, path)) for path in alike]
+        raise SequenceError(
+            f"LengthWarmup found token ids of several lengths in a batch of {_shapes(named)}. Name those that are to "
+            f"be shortened, all of one length: LengthWarmup(sequence={fitting!r})."
         )
     return candidates[0]
 

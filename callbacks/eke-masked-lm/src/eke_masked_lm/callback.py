@@ -9,15 +9,19 @@ ICML 2019, https://arxiv.org/abs/1905.02450, section 3. Survey section 2.2, refe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from eke import EkeError, Run, Technique, TechniqueCallback, in_run
+from eke.seams.batch import named_parts, tensors, with_parts
+from eke.seams.trial import compiled
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from eke_masked_lm.entry import RECORD
 from eke_masked_lm.masks import IGNORED, choose_spans, choose_tokens, choose_words, corrupt, hide_span, words_of
@@ -43,6 +47,8 @@ class Masking(TechniqueCallback):
     """What both kinds of masking share: ids in, draws that differ by process, masks for validation that stay."""
 
     technique: ClassVar[Technique] = RECORD
+
+    _read: bool = in_run(False)  # whether the step was seen to read the labels
 
     def __init__(
         self, mask_token: int, vocabulary: int, special: Sequence[int], share: float, masked: float, random: float
@@ -75,7 +81,7 @@ class Masking(TechniqueCallback):
         return self.hide(batch, _EVALUATION * 2**32 + self._evaluated)
 
     def around_step(self, run: Run, call_next: Any, batch: Any, *args: Any) -> Any:
-        output = call_next(batch, *args)
+        output = call_next(batch, *args) if self._read else self._watched(run, call_next, batch, *args)
         if not self._empty:
             return output
         if not self._warned:
@@ -86,6 +92,26 @@ class Masking(TechniqueCallback):
                 "train nothing."
             )
         return _times_zero(output)
+
+    def _watched(self, run: Run, call_next: Any, batch: Any, *args: Any) -> Any:
+        """The first step of a run: whether it reads the labels at all. Models of Hugging Face take any name, and those
+        that know no labels leave them aside without a word.
+
+        Raises:
+            MaskingError: it does not.
+        """
+        self._read = True
+        if compiled(run.module):
+            return call_next(batch, *args)  # where calls are not seen
+        with Reads(_text(batch).labels) as reads:
+            output = call_next(batch, *args)
+        if not reads.seen:
+            raise MaskingError(
+                f"training_step does not read the labels that {type(self).__name__} made of the tokens that it hid: it "
+                f"would train on texts with holes, for a loss of something else. Let {type(run.module).__name__} "
+                "predict the labels, or leave the technique out of this run."
+            )
+        return output
 
     def hide(self, batch: Any, seed: int) -> Any:
         """The batch with tokens hidden and labels for them, as ``seed`` draws them."""
@@ -327,7 +353,22 @@ class MASS(Masking):
         }
         if self.positions is not None:
             new[self.positions] = number.masked_fill(~inside, 0)
-        return _with(batch if isinstance(batch, Mapping) else {}, encoder, new)
+        return _with(batch if named_parts(batch) is not None else {}, encoder, new)
+
+
+class Reads(TorchFunctionMode):
+    """Whether anything is computed with a tensor, or a view of it, inside."""
+
+    def __init__(self, tensor: Any) -> None:
+        super().__init__()
+        self.seen = not isinstance(tensor, Tensor)
+        self.place = None if self.seen else tensor.untyped_storage().data_ptr()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.seen:
+            parts = tensors([*args, *(kwargs or {}).values()])
+            self.seen = any(type(one) is Tensor and one.untyped_storage().data_ptr() == self.place for one in parts)
+        return func(*args, **(kwargs or {}))
 
 
 def causal(module: nn.Module) -> tuple[str, bool]:
@@ -357,24 +398,29 @@ def _times_zero(output: Any) -> Any:
 
 def _text(batch: Any) -> Text:
     """Token ids of a batch, and what it says of them."""
-    if isinstance(batch, Mapping):
+    parts, have = named_parts(batch), ""
+    if parts is not None:
         names = ("input_ids", "attention_mask", "word_ids", "special_tokens_mask", "labels")
-        text = Text(*(batch.get(name) for name in names))
+        text, have = Text(*(parts.get(name) for name in names)), f"{', '.join(parts)} in a {type(batch).__name__}"
     elif isinstance(batch, (list, tuple)) and batch:
         text = Text(batch[0], labels=batch[1] if len(batch) > 1 else None)
     else:
         text = Text(batch)
     ids = text.ids
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
-        have = f"{type(ids).__name__} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        if isinstance(ids, Tensor):
+            have = f"{str(ids.dtype).removeprefix('torch.')} of shape {tuple(ids.shape)}"
         raise MaskingError(
-            f"The batch holds no token ids where they are looked for: a mapping's input_ids, or the first part; "
-            f"found {have}. They have to be whole numbers of shape (batch, length)."
+            f"The batch holds no token ids where they are looked for, under input_ids or as its first part; found "
+            f"{have or f'a {type(ids).__name__}'}. They have to be whole numbers of shape (batch, length): tokens of "
+            "texts are hidden, and of nothing else."
         )
     return text
 
 
 def _with(batch: Any, ids: Tensor, new: dict[str, Tensor]) -> Any:
+    if is_dataclass(batch):
+        return with_parts(batch, {"input_ids": ids, **new})
     if isinstance(batch, Mapping):
         kept = {name: value for name, value in batch.items() if name not in ("word_ids", "special_tokens_mask")}
         changed = {**kept, "input_ids": ids, **new}

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import eke
 import torch
 from eke import Run, Technique, TechniqueCallback, measure
+from eke.seams.batch import tensors
 from eke.seams.trial import clock, compare, compiled, turns
 from lightning.pytorch import LightningModule, Trainer
 
@@ -294,10 +295,7 @@ def _allocated(pl_module: LightningModule) -> dict[str, int] | None:
 
 def _length(batch: Any) -> int:
     """Samples in a batch: the length of the first tensor in it."""
-    if isinstance(batch, torch.Tensor):
-        return len(batch) if batch.ndim else 1
-    parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else ()
-    return next((found for part in parts if (found := _length(part))), 0)
+    return next((len(one) if one.ndim else 1 for one in tensors(batch)), 0)
 
 
 def _flat(result: dict[str, Any]) -> dict[str, float]:

@@ -10,6 +10,7 @@ RECORD = Technique(
     does="RHO-LOSS: trains on samples whose loss is high and would be low for a model that has not seen them",
     topics=("importance sampling",),
     effects=("replaces batch subset", "keeps loss"),
+    needs=("automatic optimization",),  # a batch is scored by a training_step that must not step
     exactness="model-changing",
     exceptions={
         "test_accumulated_gradients_equal_the_big_batch": "Samples are chosen within each batch, and two small batches "

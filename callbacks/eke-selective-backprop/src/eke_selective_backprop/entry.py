@@ -10,6 +10,7 @@ RECORD = Technique(
     does="Selective backprop: trains on the samples of a batch whose loss is high",
     topics=("importance sampling",),
     effects=("replaces batch subset", "keeps loss"),
+    needs=("automatic optimization",),  # a batch is scored by a training_step that must not step
     exactness="model-changing",
     exceptions={
         "test_accumulated_gradients_equal_the_big_batch": "Samples are chosen within each batch, and two small batches "

@@ -15,9 +15,22 @@ def read(entry: EntryPoint) -> dict[str, Any] | None:
     Raises:
         ValueError: the file is there and holds no JSON object.
     """
+    return _read(entry, file_name(entry))
+
+
+def read_zoo(entry: EntryPoint) -> dict[str, Any] | None:
+    """What became of the technique on each model of the zoo of eke-testing, as its package ships it, or None.
+
+    Raises:
+        ValueError: as :func:`read`.
+    """
+    return _read(entry, zoo_file_name(entry))
+
+
+def _read(entry: EntryPoint, name: str) -> dict[str, Any] | None:
     spec = find_spec(entry.module.partition(".")[0])
     for place in (spec.submodule_search_locations or []) if spec else []:
-        file = Path(place) / file_name(entry)
+        file = Path(place) / name
         if file.exists():
             content = json.loads(file.read_text(encoding="utf-8"))
             if not isinstance(content, dict):
@@ -29,6 +42,11 @@ def read(entry: EntryPoint) -> dict[str, Any] | None:
 def file_name(entry: EntryPoint) -> str:
     """``certificate.json``; with the technique's name where it is not the first of its distribution."""
     return "certificate.json" if entry.module.endswith(".entry") else f"certificate-{entry.name}.json"
+
+
+def zoo_file_name(entry: EntryPoint) -> str:
+    """``zoo.json``, or with the technique's name, likewise."""
+    return file_name(entry).replace("certificate", "zoo")
 
 
 def short(entry: EntryPoint) -> str:

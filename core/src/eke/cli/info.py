@@ -23,7 +23,8 @@ def render(name: str) -> str:
         f"{record.name} {field(entry, 'Version')} ({field(entry, 'Name')}): {record.does or field(entry, 'Summary')}"
     )
     heading = columns.paragraph(heading, columns.width(), 2)
-    return "\n\n".join([heading, _record(record), _arguments(record), _exceptions(record), _certificate(entry)])
+    own = [_record(record), _arguments(record), _exceptions(record)]
+    return "\n\n".join([heading, *own, _zoo(entry), _certificate(entry)])
 
 
 def effects() -> str:
@@ -104,6 +105,26 @@ def _certificate(entry: Any) -> str:
     # Of what was excepted the names: the reasons stand above. What is empty is left out.
     told = {key: list(value) if key == "excepted" else value for key, value in certificate.items()}
     return "Certificate\n" + _two_columns([(key, _plain(value)) for key, value in told.items() if value])
+
+
+def _zoo(entry: Any) -> str:
+    """Which models of the zoo it trains, and of others why not, those of one reason together."""
+    try:
+        content = certificates.read_zoo(entry)
+    except ValueError as error:
+        return f"On the zoo's models: unreadable ({error})"
+    if content is None:
+        return "On the zoo's models: not tried"
+    trained: list[str] = []
+    others: dict[str, list[str]] = {}
+    for name, cell in content["animals"].items():
+        if cell["outcome"] == "trains":
+            trained.append(f"{name} ({cell['words']})" if cell["words"] else name)
+        else:
+            others.setdefault(f"{cell['outcome']}: {cell['words']}", []).append(name)
+    lines = [("trains", ", ".join(trained) or "none")]
+    lines += [(", ".join(names), words) for words, names in others.items()]
+    return f"On the zoo's models ({content.get('date', '')[:7]}; docs/zoo.md)\n" + _two_columns(lines)
 
 
 def _documented(factory: Callable[..., object]) -> dict[str, str]:

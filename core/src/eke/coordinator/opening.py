@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from eke import beside, compose, strategies
+from eke.refusal import RunError
 from eke.spec import Technique
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def check(techniques: list[TechniqueCallback], runs: dict[str, Run], trainer: Tr
     """Let each technique refuse a Trainer that cannot work with it.
 
     Raises:
-        MisconfigurationException: one cannot.
+        RunError: one cannot, as its record says; what its own ``check`` raises.
     """
     if any(run.fitting for run in runs.values()):
         strategies.check(techniques, trainer.strategy)
@@ -64,7 +64,7 @@ def check(techniques: list[TechniqueCallback], runs: dict[str, Run], trainer: Tr
     altering = [one for one in techniques if overrides(one, "alter_model") or overrides(one, "initialize")]
     user_shards = isinstance(trainer.strategy, ModelParallelStrategy) and is_overridden("configure_model", module)
     if altering and user_shards and not getattr(trainer.strategy, "shards_in_setup", False):
-        raise MisconfigurationException(
+        raise RunError(
             f"{type(altering[0]).__name__} changes the model after configure_model, where "
             f"{type(module).__name__} has sharded it already. Use a strategy that shards by itself, or leave "
             "the technique out."
@@ -84,16 +84,16 @@ def seed(techniques: list[TechniqueCallback], trainer: Trainer) -> None:
 
 def _automatic_optimization(technique: TechniqueCallback, run: Run) -> None:
     if not run.module.automatic_optimization:
-        raise MisconfigurationException(
-            f"{type(technique).__name__} acts between backward and the optimizer's step, which "
-            f"{type(run.module).__name__} does by hand (automatic_optimization=False). Leave the technique out, or "
-            "let Lightning optimize."
+        raise RunError(
+            f"{type(technique).__name__} needs the steps of training one by one, and {type(run.module).__name__} takes "
+            "them inside of training_step (automatic_optimization=False). Leave the technique out, or let Lightning "
+            "optimize."
         )
 
 
 def _sized_training_data(technique: TechniqueCallback, run: Run) -> None:
     if run.trainer.max_steps == -1 and run.trainer.max_epochs == -1:
-        raise MisconfigurationException(
+        raise RunError(
             f"{type(technique).__name__} needs to know how long the run is, and this one has no end. "
             "Give Trainer(max_steps=...) or max_epochs=."
         )

@@ -1,13 +1,14 @@
 """The tensors of a batch, in whatever containers a person or a tokenizer put them.
 
-The trick it hides: a batch may be a tensor, a tuple with or without names, a list, or a mapping of a class of its own,
-and a changed one has to be of the same kind, or the user's ``training_step`` breaks.
+The trick it hides: a batch may be a tensor, a tuple with or without names, a list, a dataclass, or a mapping of a class
+of its own, and a changed one has to be of the same kind, or the user's ``training_step`` breaks.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor
@@ -19,12 +20,32 @@ class BatchError(EkeError, ValueError):
     """Which rows of a batch belong to which sample is not known."""
 
 
+def named_parts(batch: Any) -> dict[str, Any] | None:
+    """The parts of a mapping or a dataclass by name; None for anything else."""
+    if isinstance(batch, Mapping):
+        return dict(batch.items())
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return {one.name: getattr(batch, one.name) for one in fields(batch)}
+    return None
+
+
+def with_parts(batch: Any, parts: Mapping[str, Any]) -> Any:
+    """A copy of a mapping or a dataclass, of the same class, with these parts in place of its own."""
+    changed = copy.copy(batch)  # a tokenizer's own mapping stays one
+    for name, part in parts.items():
+        if isinstance(batch, Mapping):
+            changed[name] = part
+        else:
+            object.__setattr__(changed, name, part)  # it may be frozen
+    return changed
+
+
 def tensors(batch: Any) -> Iterator[Tensor]:
     """Every tensor of a batch, in order."""
     if isinstance(batch, Tensor):
         yield batch
-    elif isinstance(batch, Mapping):
-        for part in batch.values():
+    elif (parts := named_parts(batch)) is not None:
+        for part in parts.values():
             yield from tensors(part)
     elif isinstance(batch, (list, tuple)):
         for part in batch:
@@ -35,11 +56,8 @@ def mapped(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The batch with every tensor changed, in containers of the same kind."""
     if isinstance(batch, Tensor):
         return change(batch)
-    if isinstance(batch, Mapping):
-        changed = copy.copy(batch)  # a tokenizer's own mapping stays one
-        for name, part in batch.items():
-            changed[name] = mapped(part, change)
-        return changed
+    if (parts := named_parts(batch)) is not None:
+        return with_parts(batch, {name: mapped(part, change) for name, part in parts.items()})
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(mapped(part, change) for part in batch))
     if isinstance(batch, (list, tuple)):
@@ -84,15 +102,12 @@ def rows(batch: Any, chosen: Tensor) -> Any:
     def take(part: Any) -> Any:
         if isinstance(part, Tensor):
             return part.index_select(0, chosen.to(part.device)) if part.ndim else part
-        if isinstance(part, Mapping):
-            changed = copy.copy(part)
-            for name, one in part.items():
-                changed[name] = take(one)
-            return changed
+        if (named := named_parts(part)) is not None:
+            return with_parts(part, {name: take(one) for name, one in named.items()})
         if isinstance(part, tuple) and hasattr(part, "_fields"):
             return type(part)(*map(take, part))
         if isinstance(part, (list, tuple)):
-            if any(isinstance(one, (Tensor, Mapping, list, tuple)) for one in part):
+            if any(isinstance(one, (Tensor, list, tuple)) or named_parts(one) is not None for one in part):
                 return type(part)(map(take, part))
             if len(part) != samples:
                 raise BatchError(f"A batch of {samples} samples holds a list of {len(part)} entries: whose are they?")

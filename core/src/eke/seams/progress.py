@@ -11,11 +11,11 @@ from __future__ import annotations
 from math import ceil, isfinite
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.data import extract_batch_size
 
+from eke.seams.batch import tensors
 from eke.spec import EkeError
 
 
@@ -223,8 +223,5 @@ def _parsed(when: float | int | str, who: str) -> tuple[float, str]:
 
 def _tokens(batch: Any) -> int:
     """Elements of the first integer tensor with two dimensions: the ids, not the labels beside them."""
-    items = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else [batch]
-    for item in items:
-        if isinstance(item, torch.Tensor) and item.ndim == 2 and not item.is_floating_point():
-            return item.numel()
-    return 0
+    whole = (one for one in tensors(batch) if one.ndim == 2 and not one.is_floating_point())
+    return next((one.numel() for one in whole), 0)

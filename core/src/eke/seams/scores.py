@@ -21,7 +21,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from eke.seams.batch import rows, size
+from eke.seams.batch import named_parts, rows, size
 from eke.seams.scoring import error_norms, evaluating, scoring_pass
 from eke.seams.step import muted, step_arguments
 from eke.spec import EkeError
@@ -230,8 +230,8 @@ def _checksum(sample: Any) -> int:
         )
     elif isinstance(sample, np.ndarray):
         sample = sample.tobytes()
-    elif isinstance(sample, dict):
-        sample = [(key, _checksum(part)) for key, part in sample.items()]
+    elif (parts := named_parts(sample)) is not None:
+        sample = [(key, _checksum(part)) for key, part in parts.items()]
     elif isinstance(sample, (list, tuple)):
         sample = [_checksum(part) for part in sample]
     return zlib.crc32(sample if isinstance(sample, bytes) else repr(sample).encode())

@@ -18,6 +18,8 @@ from itertools import chain
 from typing import Any
 
 import torch
+from eke import EkeError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adam import adam
@@ -133,6 +135,10 @@ def compiled(device: str, dtype: torch.dtype, coupled: bool) -> tuple[Callable[.
         stacklevel=2,
     )
     return _chunked, "not compiled"
+
+
+class Adam8bitError(EkeError, MisconfigurationException, ValueError):
+    """An optimizer, a setting or a run that has no twin with 8-bit states."""
 
 
 class AdamW8bit(Optimizer):
@@ -345,7 +351,7 @@ def _widen(p: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _check_state(state: dict[str, Any]) -> None:
     names = set(state) - {"step"}
     if names not in (set(), {"exp_avg", "exp_avg_sq"}, {"exp_avg_8bit", "exp_avg_sq_8bit", "scales"}):
-        raise ValueError(
+        raise Adam8bitError(
             f"AdamW8bit loads its own state and that of Adam and AdamW without amsgrad; this one holds "
             f"{', '.join(sorted(names))}. Start with a new optimizer."
         )
@@ -368,7 +374,7 @@ def refuse_settings(group: dict[str, Any], who: str) -> None:
     """
     found = [name for name in ("amsgrad", "capturable", "differentiable") if group.get(name)]
     if found:
-        raise ValueError(
+        raise Adam8bitError(
             f"{who} has {' and '.join(f'{name}=True' for name in found)}, which an 8-bit Adam does not do. "
             "Leave it out, or keep the 32-bit optimizer."
         )

@@ -17,7 +17,6 @@ from eke import NoEffectWarning, Run, TechniqueCallback
 from eke.quiet import importing
 from eke.seams.names import NamesError, match_parameters
 from eke.strategies import imposed
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from eke_adam8bit.entry import RECORD
-from eke_adam8bit.optimizer import AdamW8bit, compiled, refuse_settings
+from eke_adam8bit.optimizer import Adam8bitError, AdamW8bit, compiled, refuse_settings
 
 BACKENDS = ("auto", "torch", "bitsandbytes", "torchao")
 
@@ -52,12 +51,12 @@ def eight_bit(
         An optimizer of the back end. ``optimizer`` is left as it was; schedulers built with it still point there.
 
     Raises:
-        ValueError: an optimizer of another class, a setting that the back end does not have.
+        Adam8bitError: an optimizer of another class, a setting that the back end does not have.
         ImportError: the back end is not installed.
     """
     _one_of_ours(backend)
     if type(optimizer) not in (Adam, AdamW):
-        raise ValueError(
+        raise Adam8bitError(
             f"{type(optimizer).__name__} has no 8-bit twin: torch.optim.Adam and torch.optim.AdamW have one. "
             "Return one of these from configure_optimizers, or leave Adam8bit out."
         )
@@ -66,7 +65,7 @@ def eight_bit(
     groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
     if backend != "torch":
         if optimizer.state:
-            raise ValueError(f"the optimizer has taken steps, and backend={backend!r} cannot take its state over.")
+            raise Adam8bitError(f"the optimizer has taken steps, and backend={backend!r} cannot take its state over.")
         return _BUILD[backend](groups, list(keep_32bit), min_elements)
     twin = AdamW8bit(groups, keep_32bit=keep_32bit, min_elements=min_elements, compile=compile)
     if optimizer.state:
@@ -96,9 +95,9 @@ class Adam8bit(TechniqueCallback):
         compile: Compile the step of back end ``"torch"``. Takes seconds, once per process.
 
     Raises:
-        ValueError: an unknown ``backend``; an optimizer or a setting that has no 8-bit twin.
-        MisconfigurationException: a strategy whose checkpoints would not hold the states; a name in ``keep_32bit``
-            that no parameter has; a checkpoint of another back end.
+        Adam8bitError: an unknown ``backend``; an optimizer or a setting that has no 8-bit twin; a strategy whose
+            checkpoints would not hold the states; a name in ``keep_32bit`` that no parameter has; a checkpoint of
+            another back end.
 
     Warns:
         NoEffectWarning: no tensor of the optimizer is large enough. It is left as it is.
@@ -150,7 +149,7 @@ class Adam8bit(TechniqueCallback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         saved = state["backend"]
         if saved and self._chosen and saved != self._chosen:
-            raise MisconfigurationException(
+            raise Adam8bitError(
                 f"the checkpoint holds optimizer states of back end {saved!r}, and this run uses {self._chosen!r}. "
                 f"Give Adam8bit(backend={saved!r})."
             )
@@ -159,7 +158,7 @@ class Adam8bit(TechniqueCallback):
         try:
             chosen = match_parameters(module, self.keep_32bit, "keep_32bit")
         except NamesError as error:
-            raise MisconfigurationException(str(error)) from None
+            raise Adam8bitError(str(error)) from None
         return [*embeddings(module), *chosen.values()]
 
     def _summary(self, optimizer: Optimizer, quantized: list[Tensor], everything: list[Tensor]) -> str:
@@ -178,11 +177,11 @@ def choose(backend: str, strategy: Strategy) -> str:
     """The back end that serves a strategy.
 
     Raises:
-        MisconfigurationException: the one that does is not installed.
+        Adam8bitError: the one that does is not installed.
     """
     if "sharded parameters" in imposed(strategy):
         if not _installed("torchao"):
-            raise MisconfigurationException(
+            raise Adam8bitError(
                 f"{type(strategy).__name__} shards each parameter, which only back end 'torchao' can follow, and "
                 "torchao is not installed: pip install 'eke-adam8bit[torchao]'."
             )
@@ -207,7 +206,7 @@ def _bitsandbytes(groups: list[dict[str, Any]], keep: list[Tensor], min_elements
 
     for group in groups:
         if group["maximize"] or (group["weight_decay"] and not _decoupled(group)):
-            raise ValueError(
+            raise Adam8bitError(
                 "bitsandbytes has neither maximize nor weight decay that is added to the gradient, as Adam's is. "
                 "Give backend='torch', or use AdamW."
             )
@@ -226,9 +225,9 @@ def _torchao(groups: list[dict[str, Any]], keep: list[Tensor], min_elements: int
         from torchao import optim
 
     if any(group["maximize"] for group in groups):
-        raise ValueError("torchao has no maximize. Give backend='torch'.")
+        raise Adam8bitError("torchao has no maximize. Give backend='torch'.")
     if len({_decoupled(group) for group in groups}) > 1:
-        raise ValueError("torchao's groups all decay as Adam's do or all as AdamW's. Give backend='torch'.")
+        raise Adam8bitError("torchao's groups all decay as Adam's do or all as AdamW's. Give backend='torch'.")
     build = optim.AdamW8bit if _decoupled(groups[0]) else optim.Adam8bit
     optimizer = build(groups, lr=groups[0]["lr"], betas=groups[0]["betas"], eps=groups[0]["eps"])
     whole: Callable[[Tensor, bool], Tensor] = optimizer._new_buffer
@@ -281,4 +280,4 @@ def _need(library: str) -> None:
 
 def _one_of_ours(backend: str) -> None:
     if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}.")
+        raise Adam8bitError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}.")

@@ -120,8 +120,11 @@ class Attention(TechniqueCallback):
             site.attend = _as_it_was
         if not self._sites:
             self._remove(sites)
-            told = "; ".join(f"{path}: {why}" for path, why in left.items()) or "none was found"
-            raise AttentionError(f"{type(pl_module).__name__} has no attention that can be replaced. {told}.")
+            told = "; ".join(f"{path}: {why}" for path, why in left.items())
+            raise AttentionError(
+                f"{type(pl_module).__name__} has no attention that {'can be replaced' if left else 'could be found'}"
+                f"{'. ' if left else ''}{told}. Leave Attention out of this run."
+            )
         for site in self._sites:
             site.wants_input = self.pattern is not None and self.pattern.wants_input
         ways = ", ".join(sorted({site.how for site in self._sites}))

@@ -118,7 +118,9 @@ def _install_hugging_face(path: str, model: nn.Module, attend: Attend) -> list[S
         site._undo += [partial(vars(found.module).pop, "eke_site", None), hook.remove]
         sites.append(site)
     if not sites:
-        raise AttentionError(f"{type(model).__name__} holds no attention that could be found.")
+        raise AttentionError(
+            f"{type(model).__name__} holds no attention that could be found. Leave Attention out of this run."
+        )
     sites[0]._undo.append(lambda: model.set_attn_implementation(before))
     return sites
 

@@ -18,7 +18,7 @@ from eke import Run, Technique, TechniqueCallback, in_run
 from eke.seams.blocks import BlocksError, find_all_blocks
 from eke.seams.layers import is_conv1d, restore, swap, swapped
 from eke.seams.linear import features
-from eke.seams.names import match, plain, plain_keys
+from eke.seams.names import NamesError, match, plain, plain_keys
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import TransformerEnginePrecision
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -120,9 +120,9 @@ class FP8(TechniqueCallback):
         margin: Powers of two that ``"delayed"`` leaves free, 0 by default.
 
     Raises:
-        ValueError: an unknown word, or an option that another one makes void.
-        FP8Error: hardware or packages that a demanded ``backend`` lacks; no layer to convert; Lightning's own precision
-            plugin for Transformer Engine in the same Trainer.
+        FP8Error: an unknown word, or an option that another one makes void; hardware or packages that a demanded
+            ``backend`` lacks; no layer to convert; Lightning's own precision plugin for Transformer Engine in the same
+            Trainer.
     """
 
     technique: ClassVar[Technique] = RECORD
@@ -142,20 +142,18 @@ class FP8(TechniqueCallback):
         margin: int | None = None,
     ) -> None:
         if recipe not in RECIPES:
-            raise ValueError(f"recipe={recipe!r}: give one of {', '.join(RECIPES)}.")
+            raise FP8Error(f"recipe={recipe!r}: give one of {', '.join(RECIPES)}.")
         if backend != "auto" and backend not in SERVES:
-            raise ValueError(f"backend={backend!r}: give 'auto' or one of {', '.join(SERVES)}.")
+            raise FP8Error(f"backend={backend!r}: give 'auto' or one of {', '.join(SERVES)}.")
         if backend in SERVES and recipe not in SERVES[backend]:
             able = ", ".join(name for name, recipes in SERVES.items() if recipe in recipes)
-            raise ValueError(f"backend={backend!r} has no recipe {recipe!r}; {able} has.")
+            raise FP8Error(f"backend={backend!r} has no recipe {recipe!r}; {able} has.")
         if (history is not None or margin is not None) and recipe != "delayed":
-            raise ValueError(f"history and margin belong to recipe='delayed', and this is {recipe!r}.")
+            raise FP8Error(f"history and margin belong to recipe='delayed', and this is {recipe!r}.")
         if (history is not None and history < 1) or (margin or 0) < 0:
-            raise ValueError(f"history={history}, margin={margin}: give at least 1 and 0.")
+            raise FP8Error(f"history={history}, margin={margin}: give at least 1 and 0.")
         if stochastic and (backend != "emulation" or recipe == "s2fp8"):
-            raise ValueError(
-                "stochastic=True is the emulation's, for all recipes but 's2fp8': give backend='emulation'."
-            )
+            raise FP8Error("stochastic=True is the emulation's, for all recipes but 's2fp8': give backend='emulation'.")
         self.recipe, self.backend, self.layers, self.keep = recipe, backend, layers, list(keep or ())
         self.min_features, self.stochastic = min_features, stochastic
         self.history, self.margin = 1024 if history is None else history, margin or 0
@@ -184,10 +182,20 @@ class FP8(TechniqueCallback):
         if not choice.taken:
             raise FP8Error(
                 f"{type(pl_module).__name__} has no linear layer for FP8. Left as they are: {_listed(choice.left)}. "
-                "Name layers by FP8(layers='*.mlp.*')."
+                f"{self._advice(pl_module, multiple)}"
             )
         self._announce(choice, pl_module.device)
         swap(pl_module, choice.taken, self._build, RECORD.name)
+
+    def _advice(self, module: nn.Module, multiple: int) -> str:
+        """What can be done where no layer is converted: name one that could be, if there is any."""
+        try:
+            able = choose(module, "*", self.keep, self.min_features, multiple, conv1d=self._used != "te").taken
+        except NamesError:
+            able = []
+        if not able:
+            return "None of them can be converted: leave FP8 out of this run."
+        return f"Name those that are to be converted, such as FP8(layers={able[:1]!r})."
 
     def _build(self, layer: nn.Module) -> nn.Module:
         if self._used == "emulation":
@@ -276,4 +284,8 @@ def _listed(left: dict[str, str]) -> str:
         pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
         if pattern not in by_reason.setdefault(why, []):
             by_reason[why].append(pattern)
-    return "; ".join(f"{', '.join(names)}: {why}" for why, names in by_reason.items()) or "none"
+    return "; ".join(f"{_some(names)}: {why}" for why, names in by_reason.items()) or "none"
+
+
+def _some(names: list[str], show: int = 2) -> str:
+    return ", ".join(names) if len(names) <= show else f"{', '.join(names[:show])} and {len(names) - show} more"

@@ -8,15 +8,37 @@ from eke.seams.optimizer import rebind
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
-from eke_zero.base import Engine, say_plan
+from eke_zero.base import Engine, ZeROError, say_plan
 from eke_zero.offload import Offloaded
 
 
 class ReplicatedZeRO(Engine, DDPStrategy):
     """ZeRO stage 1 on torch."""
+
+    _looked = False
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """After the first one: what has no gradient would end the run at the second step, in DDP's words.
+
+        Raises:
+            ZeROError: a parameter trains and takes no part in the loss.
+        """
+        super().post_backward(closure_loss)
+        model = self.lightning_module
+        if self._looked or not model.automatic_optimization or self._ddp_kwargs.get("find_unused_parameters"):
+            return
+        self._looked = True
+        without = [name for name, one in model.named_parameters() if one.requires_grad and one.grad is None]
+        if without:
+            more = f" and {len(without) - 3} more" if len(without) > 3 else ""
+            raise ZeROError(
+                f"The loss does not reach {', '.join(without[:3])}{more}, and processes would wait for the gradients. "
+                "Freeze them in the model, by requires_grad_(False), or leave ZeRO out."
+            )
 
     def setup(self, trainer: Trainer) -> None:
         blocks = self._recompute(self.lightning_module)

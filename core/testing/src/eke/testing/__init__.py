@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from eke.testing.compare import assert_same, differences
-    from eke.testing.contract import CallbackContract, TechniqueContract
+    from eke.testing.contract import CallbackContract, TechniqueContract, ZooContract
     from eke.testing.data import BATCH, LENGTH, Images, Loader, Tokens, shuffled
     from eke.testing.models import LAYERS, SHAPES, WIDTH, TinyBlocks, TinyGPT2, TinyTransformer, TinyViT, hugging_face
     from eke.testing.pairs import build_example, check_pair, check_together, example_model
@@ -43,6 +43,7 @@ __all__ = [
     "TinyViT",
     "Tokens",
     "WIDTH",
+    "ZooContract",
     "assert_same",
     "build_example",
     "check_pair",
@@ -59,7 +60,7 @@ __all__ = [
 
 _HOME = {
     "compare": ["assert_same", "differences"],
-    "contract": ["CallbackContract", "TechniqueContract"],
+    "contract": ["CallbackContract", "TechniqueContract", "ZooContract"],
     "data": ["BATCH", "LENGTH", "Images", "Loader", "Tokens", "shuffled"],
     "models": ["LAYERS", "SHAPES", "WIDTH", "TinyBlocks", "TinyGPT2", "TinyTransformer", "TinyViT", "hugging_face"],
     "pairs": ["build_example", "check_pair", "check_together", "example_model"],

@@ -7,15 +7,17 @@ import importlib
 import json
 import platform
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from eke import registry
 from eke.cli import certificates
+from eke.testing.zoo import ZOO
 
 EXCEPTED = "excepted: "  # how the reason of a skip begins that the technique's record declares
 NOT_RUN = "not run"
+ZOO_LIBRARIES = ("transformers", "timm")
 
 
 @dataclass
@@ -29,6 +31,8 @@ class Row:
         contract: The contract class it belongs to, if it does.
         shape: The kit's model that it trains, if it is one of several.
         exercises: What it says that it exercises, such as ``{"strategy": "ddp"}``.
+        zoo: The class, if it is one that meets the zoo.
+        came: Of a test in the zoo: technique, animal, outcome and words.
         outcome: ``"passed"``, ``"failed"``, ``"not run"`` or the reason of a skip.
     """
 
@@ -38,6 +42,8 @@ class Row:
     contract: str = ""
     shape: str = ""
     exercises: dict[str, str] = field(default_factory=dict)
+    zoo: str = ""
+    came: dict[str, str] = field(default_factory=dict)
     outcome: str = NOT_RUN
 
     @property
@@ -91,6 +97,55 @@ def certify(outcomes: Outcomes) -> list[str]:
             name = key.rpartition("::")[2]
             lines.append(f"{name}: no installed technique, so there is nothing to certify")
     return lines + [f"{name}: {_certify(name, keys, outcomes)}" for name, keys in by_technique.items()]
+
+
+def met(outcomes: Outcomes) -> list[str]:
+    """Write what became of each technique in the zoo, where all of it was run; say of each what was done. Where several
+    classes try one technique, the first says it."""
+    by_class: dict[str, list[Row]] = {}
+    for row in outcomes.rows.values():
+        if row.zoo:
+            by_class.setdefault(row.zoo, []).append(row)
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    failed: set[str] = set()
+    lines = []
+    for key, rows in by_class.items():
+        if open_rows := [row.name for row in rows if row.outcome != "passed"]:
+            failed |= {row.came["technique"] for row in rows if row.came}
+            lines.append(f"{key.rpartition('::')[2]}: nothing written of the zoo: {', '.join(open_rows)}")
+            continue
+        for row in rows:
+            cells = found.setdefault(row.came["technique"], {})
+            cells.setdefault(row.came["animal"], {part: row.came[part] for part in ("outcome", "words")})
+    for name, cells in found.items():
+        if name in registry.available() and name not in failed:
+            lines.append(f"{name}: what became of it in the zoo written to {_write_zoo(name, cells)}")
+    return lines
+
+
+def _write_zoo(name: str, cells: dict[str, dict[str, str]]) -> Path:
+    """Those of models that cannot be built here stay as another machine wrote them."""
+    entry = registry.available()[name]
+    file = _package_folder(name) / certificates.zoo_file_name(entry)
+    before = json.loads(file.read_text(encoding="utf-8"))["animals"] if file.exists() else {}
+    together = {animal: {**before, **cells}.get(animal) for animal in ZOO}
+    libraries = [one for one in ("eke", "lightning", "torch", *ZOO_LIBRARIES) if _has(one)]
+    written = {
+        "technique": name,
+        "date": datetime.date.today().isoformat(),
+        "versions": {entry.dist.name: entry.dist.version, **{one: version(one) for one in libraries}},
+        "animals": {animal: cell for animal, cell in together.items() if cell is not None},
+    }
+    file.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return file
+
+
+def _has(distribution: str) -> bool:
+    try:
+        version(distribution)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _certify(name: str, keys: list[str], outcomes: Outcomes) -> str:

@@ -13,6 +13,7 @@ from eke.testing.certify import EXCEPTED
 from eke.testing.data import Loader, shuffled
 from eke.testing.models import SHAPES, STEPS, TinyBlocks, TinyGPT2, TinyModel
 from eke.testing.run import EPOCHS, Cut
+from eke.testing.zoo import ZOO, Animal
 
 
 def exercises(**what: str) -> Callable[[Callable], Callable]:
@@ -23,6 +24,50 @@ def exercises(**what: str) -> Callable[[Callable], Callable]:
         return test
 
     return mark
+
+
+class ZooContract:
+    """On every model of the zoo (:mod:`eke.testing.zoo`) a technique trains for a few steps and does what it promises
+    there, or refuses in words that help. Part of :class:`TechniqueContract`; alone for what is no subject of it.
+
+    Override :meth:`shows` with what the technique's README promises.
+    """
+
+    eke_zoo: ClassVar[bool] = True
+
+    zoo: ClassVar[tuple[str, ...] | None] = None  # names of animals; all that can be built here by default
+    zoo_run: ClassVar[Mapping[str, Any]] = {}  # epochs, batches and Trainer arguments of a run there
+
+    def build(self) -> object:
+        """Make a new technique object."""
+        raise NotImplementedError(f"{type(self).__name__} has no build(): return a new technique object from it.")
+
+    def build_in_zoo(self, animal: Animal) -> object:
+        """Make one that has something to do in a run of a few steps on models of two or three blocks."""
+        return self.build()
+
+    def shows(self, plain: checks.Seen, seen: checks.Seen) -> str:
+        """Hold a run with the technique against the same run without, by what its README promises.
+
+        Returns:
+            In a few words what came of it, for the table.
+
+        Raises:
+            AssertionError: the promise is not kept. By default: nothing at all is different.
+        """
+        return checks.differs(plain, seen)
+
+    def test_in_the_zoo_it_trains_or_says_why_not(
+        self, animal: str, record_property: Callable[..., None], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        came = checks.meets(ZOO[animal], self.build_in_zoo, self.shows, **self.zoo_run)
+        record_property("zoo", came)
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        if "animal" in metafunc.fixturenames:
+            here = [name for name, animal in ZOO.items() if not animal.missing]
+            metafunc.parametrize("animal", [name for name in here if self.zoo is None or name in self.zoo])
 
 
 class CallbackContract:
@@ -184,8 +229,8 @@ class CallbackContract:
         return {**self._record_exceptions, **self.exceptions}
 
 
-class TechniqueContract(CallbackContract):
-    """What every technique of Eke promises: all of the above, random state and declared effects as well.
+class TechniqueContract(ZooContract, CallbackContract):
+    """What every technique of Eke promises: all of the above, random state, declared effects and the zoo as well.
 
     Three lines are enough::
 
@@ -204,6 +249,10 @@ class TechniqueContract(CallbackContract):
         return (Cut(batches=2 * self.cuts[0] + 1),)
 
     unseen: ClassVar[Mapping[str, str]] = {}  # effects that a run of a dozen steps cannot show, to the sentence why
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        CallbackContract.pytest_generate_tests(self, metafunc)
+        ZooContract.pytest_generate_tests(self, metafunc)
 
     def test_it_has_a_record(self) -> None:
         record = self.subject().record

@@ -18,7 +18,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--certify",
         action="store_true",
-        help="write certificate.json into the package of each technique that passed its whole contract",
+        help="write certificate.json into the package of each technique that passed its whole contract, and zoo.json "
+        "where it met the whole zoo",
+    )
+    group.addoption(
+        "--zoo",
+        action="store_true",
+        help="write zoo.json into the package of each technique that met the whole zoo, and no certificate",
     )
     group.addoption(
         "--changed",
@@ -28,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--certify"):
+    if config.getoption("--certify") or config.getoption("--zoo"):
         config.pluginmanager.register(Certifier(config), "eke-certifier")
     if config.getoption("--changed"):
         config.pluginmanager.register(Unchanged(config), "eke-unchanged")
@@ -85,6 +91,7 @@ class Certifier:
             contract = f"{item.nodeid.partition('::')[0]}::{cls.__name__}" if _is_contract(cls) else ""
             if contract:
                 self.classes[contract] = cls
+            meets = getattr(cls, "eke_zoo", False) and "animal" in getattr(item, "fixturenames", ())
             parameters = item.callspec.params if hasattr(item, "callspec") else {}
             self.outcomes.rows[item.nodeid] = Row(
                 name=item.name,
@@ -93,6 +100,7 @@ class Certifier:
                 contract=contract,
                 shape=getattr(parameters.get("shape"), "__name__", ""),
                 exercises=dict(getattr(getattr(item, "function", None), "eke_exercises", {})),
+                zoo=f"{item.nodeid.partition('::')[0]}::{cls.__name__}" if meets else "",
             )
 
     @pytest.hookimpl(hookwrapper=True)
@@ -107,6 +115,7 @@ class Certifier:
             row.outcome = "failed"
         elif report.when == "call":
             row.outcome = "passed"
+            row.came = dict(item.user_properties).get("zoo", {})
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
@@ -115,13 +124,14 @@ class Certifier:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
-        from eke.testing.certify import certify, contract_of
+        from eke.testing.certify import certify, contract_of, met
 
         self.outcomes.contracts.update({key: contract_of(cls) for key, cls in self.classes.items()})
         if hasattr(self.config, "workeroutput"):
             self.config.workeroutput["eke"] = self.outcomes.plain()
         else:
-            self.lines = certify(self.outcomes)
+            certified = certify(self.outcomes) if self.config.getoption("--certify") else []
+            self.lines = met(self.outcomes) + certified
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         terminalreporter.section("certificates")

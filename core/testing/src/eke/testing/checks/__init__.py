@@ -4,6 +4,7 @@ The contract calls them with defaults; call one directly to check a technique th
 """
 
 from eke.testing.checks.common import REFUSALS, transformers_missing
+from eke.testing.checks.in_zoo import Seen, differs, meets
 from eke.testing.checks.leaving import (
     changes_nothing_when_off,
     costs_nothing_when_idle,
@@ -36,6 +37,7 @@ from eke.testing.checks.using import a_command_line_builds_it, fits_twice_valida
 
 __all__ = [
     "REFUSALS",
+    "Seen",
     "Subject",
     "a_command_line_builds_it",
     "accumulation_equals_the_big_batch",
@@ -44,6 +46,7 @@ __all__ = [
     "comparable",
     "compiles",
     "costs_nothing_when_idle",
+    "differs",
     "does_what_its_record_says",
     "fails_cleanly",
     "fits_twice_validates_and_tests",
@@ -51,6 +54,7 @@ __all__ = [
     "leaves_the_random_state_alone",
     "loads_without_it",
     "loss_falls",
+    "meets",
     "pickles_and_copies",
     "ranks_agree",
     "ranks_equal_one_process",
