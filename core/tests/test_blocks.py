@@ -246,3 +246,86 @@ def test_a_list_of_which_some_blocks_are_compiled_is_one_list():
     found = find_blocks(model)
     assert (found.path, len(found), found.alike, found.extra) == ("blocks", 4, True, {})
     assert [blocks.path for blocks in find_all_blocks(model)] == ["blocks"]
+
+
+class Dense(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.one, self.two = nn.Linear(width, 16), nn.Linear(16, width)
+
+
+class Mixed(nn.Module):
+    """A block that has experts, or is dense."""
+
+    def __init__(self, experts=False, width=8, attention=True):
+        super().__init__()
+        self.norm, self.out = nn.LayerNorm(width), nn.LayerNorm(width)
+        if attention:
+            self.attn = Attention(width)
+        self.mlp = nn.ModuleList(Dense(width) for _ in range(4)) if experts else Dense(width)
+
+
+class MixedToo(Mixed):
+    """Another class."""
+
+
+def test_blocks_that_are_dense_or_hold_experts_are_one_list():
+    model = nn.ModuleDict({"layers": nn.ModuleList([Mixed(), Mixed(True), Mixed(True)])})
+    for found in (find_blocks(model), *find_all_blocks(model)):
+        assert (found.path, len(found), found.alike, found.nearly_alike) == ("layers", 3, False, True)
+
+
+def test_a_list_of_several_classes_counts_where_there_is_nothing_else():
+    layers = [MixedToo(attention=False), Mixed(), MixedToo(attention=False), Mixed()]
+    assert [one.path for one in find_all_blocks(nn.ModuleDict({"layers": nn.ModuleList(layers)}))] == ["layers"]
+    beside = nn.ModuleDict({"layers": nn.ModuleList(layers), "blocks": nn.ModuleList([Block(), Block()])})
+    assert [one.path for one in find_all_blocks(beside)] == ["blocks"]
+    parts = nn.ModuleDict({"parts": nn.ModuleList([Attention(8), Dense()])})  # of one block
+    with pytest.raises(BlocksError, match="no list of two or more like blocks"):
+        find_all_blocks(parts)
+
+
+def test_parts_of_a_block_behind_norms_of_one_class_are_no_blocks():
+    class PreNorm(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.norm, self.fn = nn.LayerNorm(8), inner
+
+    model = nn.ModuleDict(
+        {"layers": nn.ModuleList(nn.ModuleList([PreNorm(Attention(8)), PreNorm(Dense())]) for _ in "abc")}
+    )
+    assert [one.path for one in find_all_blocks(model)] == ["layers"]
+
+
+def test_a_stage_of_one_block_is_found_beside_longer_ones_and_several_such_by_themselves():
+    stages = nn.ModuleList(
+        nn.ModuleDict({"blocks": nn.ModuleList([Block(w)] * n)}) for w, n in ((8, 1), (4, 2), (2, 1))
+    )
+    assert [(one.path, len(one)) for one in find_all_blocks(stages)] == [
+        ("0.blocks", 1), ("1.blocks", 2), ("2.blocks", 1)
+    ]  # fmt: skip
+    single = nn.ModuleList(nn.ModuleDict({"blocks": nn.ModuleList([Block(w)])}) for w in (8, 4))
+    assert [one.path for one in find_all_blocks(single)] == ["0.blocks", "1.blocks"]
+    with pytest.raises(BlocksError, match="no list of two or more"):
+        find_all_blocks(single[0])
+
+
+def test_a_part_of_a_model_gives_all_its_lists_and_each_counts_once():
+    model = nn.ModuleDict({"trunk": nn.ModuleList([Vit(3), Vit(2)]), "other": Vit(2)})
+    assert [one.path for one in find_all_blocks(model, "trunk")] == ["trunk"]  # a list that is named is meant
+    model = nn.ModuleDict({"trunk": nn.ModuleDict({"a": Vit(3), "b": Vit(2)}), "other": Vit(2)})
+    paths = ["trunk", "trunk.a.blocks", "other"]
+    assert [one.path for one in find_all_blocks(model, paths)] == ["trunk.a.blocks", "trunk.b.blocks", "other.blocks"]
+    with pytest.raises(BlocksError, match=r"blocks=\[\] names no list"):
+        find_all_blocks(model, [])
+
+
+def test_the_end_of_a_path_or_a_pattern_will_do_and_several_have_to_be_told_apart():
+    model = nn.ModuleDict({"net": hugging_face("t5")})
+    for paths in (["encoder.block", "decoder.block"], "*.block", ["block"], ["encoder", "net.decoder"]):
+        assert [one.path for one in find_all_blocks(model, paths)] == ["net.encoder.block", "net.decoder.block"]
+    assert find_blocks(model, "decoder").path == find_blocks(model, "decoder.block").path == "net.decoder.block"
+    with pytest.raises(BlocksError, match=r"blocks='block' meets 'net.encoder.block', 'net.decoder.block'. Say which"):
+        find_blocks(model, "block")
+    with pytest.raises(BlocksError, match=r"no module at 'encoder.layers'. Its lists are: 'net.encoder.block'"):
+        find_all_blocks(model, ["encoder.layers"])

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from eke.seams import interceptor
-from eke.seams.blocks import find_blocks
+from eke.seams.blocks import find_all_blocks, find_blocks
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -112,11 +112,96 @@ def test_a_block_that_returns_something_else_cannot_be_skipped(x):
         blocks[1](x)
 
 
-def test_the_first_block_of_a_fresh_model_cannot_be_skipped(x):
-    net = Net(2)
+def test_the_first_block_of_a_fresh_model_runs_once_for_its_form_alone(x):
+    net = Net(2, "tuple").train()
     close(net.blocks)
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    x.requires_grad_()
+    assert torch.equal(net(x), x)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert [block.calls for block in net.blocks] == [1, 0]
+    net(x).sum().backward()
+    assert [block.calls for block in net.blocks] == [1, 0]
+    assert all(parameter.grad is None for parameter in net.blocks.parameters())
     with pytest.raises(RuntimeError, match="Keep the first block open"):
-        net(x)
+        interceptor.Form().wrap(x)
+
+
+class Handing(nn.Module):
+    """As T5's: the first makes a bias, the others hand it on; a second one too, by name; and attention maps if told."""
+
+    def __init__(self, first=False, maps=False):
+        super().__init__()
+        self.first, self.maps, self.linear = first, maps, nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden, bias=None, other=None):
+        if self.first and bias is None:
+            bias, other = hidden.new_ones(1), hidden.new_ones(2)
+        return self.linear(hidden) * bias, bias, other, *([hidden] if self.maps else [])
+
+
+def run_handing(blocks, x):
+    bias = other = None
+    for block in blocks:
+        x, bias, other, *_ = block(x, bias, other=other)
+    return x
+
+
+@pytest.mark.parametrize("skipped", [[1], [2], [1, 2], [1, 2, 3]])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_skipped_block_hands_on_what_it_got(x, skipped, reentrant):
+    blocks = nn.ModuleList(Handing(first=i == 0) for i in range(4))
+    plain = run_handing([block for i, block in enumerate(blocks) if i not in skipped], x)
+    if reentrant:
+        for block in blocks:
+            block.forward = partial(recomputed, block.forward)
+    interceptor.attach(blocks, "test")
+    for i in skipped:
+        interceptor.put(blocks[i], "test", interceptor.Skip())
+    assert torch.equal(run_handing(blocks, x.requires_grad_()), plain)
+
+
+def recomputed(forward, hidden, bias, other):
+    # by place: reentrant checkpointing knows tensors by place alone
+    return checkpoint(forward, hidden, bias, other, use_reentrant=True)
+
+
+def test_a_block_that_makes_what_the_others_hand_on_cannot_be_skipped_and_maps_cannot_be_made_up(x):
+    blocks = nn.ModuleList(Handing(first=i == 0) for i in range(3))
+    interceptor.attach(blocks, "test")
+    run_handing(blocks, x)
+    interceptor.put(blocks[0], "test", interceptor.Skip())
+    with pytest.raises(RuntimeError, match="makes what the later ones hand on.*neither skipped nor.*Keep it open"):
+        run_handing(blocks, x)
+    interceptor.put(blocks[0], "test")
+    blocks[1].maps = blocks[2].maps = True
+    interceptor.put(blocks[2], "test", interceptor.Skip())
+    with pytest.raises(RuntimeError, match=r"return \(Tensor, Tensor\).*no attention maps.*output_attentions=False"):
+        run_handing(blocks, x)
+
+
+def test_a_list_whose_modules_nobody_calls_is_refused():
+    parts = nn.ModuleList(nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]) for _ in range(2))
+    with pytest.raises(interceptor.InterceptorError, match="A block is a ModuleList, whose parts the model calls"):
+        interceptor.attach(parts, "test")
+
+
+def test_several_lists_are_held_as_one_and_each_has_a_form_of_its_own(x):
+    nets = nn.ModuleDict({"one": Net(3), "two": Net(4, "tuple")}).eval()
+    plain = copy.deepcopy(nets)
+    for net in plain.values():
+        del net.blocks[1:-1]
+    held = interceptor.InterceptedBlocks("test", find_all_blocks(nets), slice(1, -1))
+    assert [len(one) for one in held.lists()] == [1, 2]
+    assert held.now() == [nets["one"].blocks[1], nets["two"].blocks[1], nets["two"].blocks[2]]
+    for block in held.now():
+        held.put(block, interceptor.Skip())
+    assert all(torch.equal(nets[name](x), plain[name](x)) for name in nets)
+    nets["one"].blocks.insert(1, copy.deepcopy(plain["one"].blocks[0]))
+    assert [len(one) for one in held.lists()] == [2, 2]
+    held.detach()
+    assert all(type(block) is Block for net in nets.values() for block in net.blocks)
 
 
 def test_the_model_looks_as_before(x):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from eke.seams import growth, interceptor
-from eke.seams.blocks import find_blocks
+from eke.seams.blocks import Blocks, find_all_blocks
 from eke.seams.masks import Masks
 from eke.seams.passes import Passes
 from eke.seams.progress import Progress, Until
@@ -151,17 +151,22 @@ class Run:
 
     # ------------------------------------------------------------------ the model
 
-    def blocks(self, path: str | None = None, part: slice = slice(None)) -> interceptor.InterceptedBlocks:
-        """Blocks on which the technique may act: those that their list holds at the moment, also after growth.
+    def blocks(
+        self, paths: str | Sequence[str | Blocks] | None = None, part: slice = slice(None)
+    ) -> interceptor.InterceptedBlocks:
+        """Blocks on which the technique may act: those that their lists hold at the moment, also after growth.
 
         Args:
-            path: Dotted path of the list, as for :func:`eke.seams.blocks.find_blocks`.
-            part: Which of them, such as ``slice(1, -1)`` for all but the first and the last.
+            paths: Dotted paths of the lists, one or several, as for :func:`eke.seams.blocks.find_all_blocks`; by
+                default all of the model. Or what that has found.
+            part: Which blocks of each list, such as ``slice(1, -1)`` for all but the first and the last.
 
         Raises:
             BlocksError: they are not to be found.
         """
-        blocks = interceptor.InterceptedBlocks(self.name, find_blocks(self.module, path), part)
+        given = not isinstance(paths, str) and paths and all(isinstance(one, Blocks) for one in paths)
+        found = paths if given else find_all_blocks(self.module, paths)
+        blocks = interceptor.InterceptedBlocks(self.name, found, part)
         self.at_end(blocks.detach)
         return blocks
 

@@ -67,7 +67,8 @@ class Blocks:
 
     @property
     def nearly_alike(self) -> bool:
-        """All have one class, and what all have is of one shape: some may hold more, as T5's first its positions."""
+        """All have one class, and what all have is of one shape: some may hold more, as T5's first its positions, or
+        something else in a place, as those of a mixture of experts whose first ones are dense."""
         return _nearly_alike(self.modules)
 
     @property
@@ -111,31 +112,29 @@ class Attention:
 def find_blocks(module: nn.Module, path: str | None = None) -> Blocks:
     """Find the repeated blocks of a Transformer.
 
-    Looked for is the longest list of modules with one class and the same parameter shapes. Lists whose modules hold
+    Looked for is the longest list of modules with one class, see :func:`find_all_blocks`. Lists whose modules hold
     attention go before all others, so that the experts inside each block are not taken for the blocks.
 
     Args:
         module: A model, a LightningModule, or anything that holds one.
-        path: Dotted path of the list, or of the part of the model to look in. It is needed where several lists
-            could be meant, as with an encoder and a decoder. A list given by path need not hold like modules.
+        path: Dotted path of the list, or of the part of the model to look in, or the end of it (``"encoder.block"``).
+            It is needed where several lists could be meant, as with an encoder and a decoder. A list given by path
+            need not hold like modules.
 
     Raises:
         BlocksError: no such path, no such list, or several. The message names what was found.
     """
     if path is not None:
-        module = _at(module, path)
-        # A Sequential of several classes is a whole model or a part of one: look inside.
-        if isinstance(module, nn.ModuleList) or (_is_list(module) and len(set(map(_class, module))) == 1):
+        parts = _parts(module, path)
+        if len(parts) > 1:
+            met = ", ".join(repr(name) for name, _ in parts)
+            raise BlocksError(f"blocks={path!r} meets {met}. Say which one is meant, as blocks={parts[0][0]!r}.")
+        path, module = parts[0]
+        if _is_stack(module):
             return _blocks(path, module)
-    prefix = f"{path}." if path else ""
-    lists = [
-        (prefix + name if name else path or "", found) for name, found in module.named_modules() if _is_list(found)
-    ]
-    candidates = [(name, found) for name, found in lists if len(found) > 1 and _kinds(found) == 1 and _weights(found)]
+    lists = _lists(module, path)
     where = f"{type(module).__name__}{f' at {path!r}' if path else ''}"
-    chosen = _preferred(candidates)
-    if not chosen:
-        raise BlocksError(f"{where} holds no list of two or more like blocks. {_found(lists)}")
+    chosen = _chosen(lists, where)
     longest = max(chosen, key=lambda item: len(item[1]))
     rivals = [
         item for item in chosen if len(item[1]) == len(longest[1]) or _kind(item[1][0])[0] == _kind(longest[1][0])[0]
@@ -151,23 +150,33 @@ def find_blocks(module: nn.Module, path: str | None = None) -> Blocks:
 def find_all_blocks(module: nn.Module, paths: str | Sequence[str] | None = None) -> list[Blocks]:
     """Find every list of a model's repeated blocks: of an encoder and a decoder, of two towers, of each stage.
 
-    Blocks that hold one submodule more than the others are taken too, as T5's first, which holds the positions of all.
+    Blocks that hold one submodule more than the others are taken too, as T5's first, which holds the positions of all;
+    blocks that hold another submodule in a place, as dense ones and experts; a stage of one block, beside longer ones.
+    Where a model has nothing else, so is a list of several classes that share parts, as attention beside Mamba.
 
     Args:
         module: A model, a LightningModule, or anything that holds one.
-        paths: Dotted paths of the lists, or of parts of the model that hold one each. By default all lists count
-            whose modules hold attention; where none does, those that :func:`find_blocks` would choose from.
+        paths: Dotted paths of the lists, or of parts of the model, each of which may hold several; or their ends
+            (``"encoder.block"``), or patterns as :func:`eke.seams.names.match` takes them (``"*.layers"``). By default
+            all lists count whose modules hold attention; where none does, those that :func:`find_blocks` would choose
+            from.
 
     Raises:
         BlocksError: no such path, or no such list. The message names what was found.
     """
-    if paths is not None:
-        return [find_blocks(module, path) for path in ([paths] if isinstance(paths, str) else paths)]
-    lists = [(name, found) for name, found in module.named_modules() if _is_list(found)]
-    chosen = _preferred([one for one in lists if len(one[1]) > 1 and _nearly_alike(list(one[1])) and _weights(one[1])])
-    if not chosen:
-        raise BlocksError(f"{type(module).__name__} holds no list of two or more like blocks. {_found(lists)}")
-    return [_blocks(*one) for one in chosen]
+    if paths is None:
+        return [_blocks(*one) for one in _chosen(_lists(module), type(module).__name__)]
+    found: dict[int, Blocks] = {}  # a list that is met twice counts once
+    for path in [paths] if isinstance(paths, str) else paths:
+        for at, part in _parts(module, path):
+            if _is_stack(part):
+                found.setdefault(id(part), _blocks(at, part))
+                continue
+            for name, one in _chosen(_lists(part, at), f"{type(module).__name__} at {at!r}"):
+                found.setdefault(id(one), _blocks(name, one))
+    if not found:
+        raise BlocksError(f"blocks={paths!r} names no list. {_found(_lists(module))}")
+    return list(found.values())
 
 
 def find_attention(module: nn.Module) -> list[Attention]:
@@ -213,16 +222,36 @@ def _widens(module: nn.Module) -> bool:
     return one != other
 
 
-def _at(module: nn.Module, path: str) -> nn.Module:
+def _parts(module: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
+    """What a path means, by full names: the module that is there; else lists whose names end so, or meet a pattern;
+    else other parts that hold lists. Of nested ones the outer."""
     try:
-        return names.at(module, path)
+        return [(path, names.at(module, path))]
     except AttributeError:
-        lists = [(name, found) for name, found in module.named_modules() if _is_list(found)]
-        raise BlocksError(f"{type(module).__name__} has no module at {path!r}. {_found(lists)}") from None
+        pass
+    lists = _lists(module)
+    holders = [(name, part) for name, part in module.named_modules() if name and any(map(_is_list, part.modules()))]
+    for known in (lists, holders):
+        found = [one for one in known if names.meets(names.plain(one[0]), names.plain(path))]
+        inside = {id(part) for _, one in found for part in one.modules() if part is not one}
+        if found := [one for one in found if id(one[1]) not in inside]:
+            return found
+    raise BlocksError(f"{type(module).__name__} has no module at {path!r}. {_found(lists)}")
 
 
 def _is_list(module: nn.Module) -> bool:
     return isinstance(module, (nn.ModuleList, nn.Sequential))
+
+
+def _is_stack(module: nn.Module) -> bool:
+    """A list of blocks, if somebody says so. A Sequential of several classes is a whole model or a part of one."""
+    return isinstance(module, nn.ModuleList) or (_is_list(module) and len(set(map(_class, module))) == 1)
+
+
+def _lists(module: nn.Module, path: str | None = None) -> list[tuple[str, nn.Module]]:
+    """All lists of a part of a model, by their paths in the model."""
+    found = [(name, one) for name, one in module.named_modules() if _is_list(one)]
+    return [(".".join(part for part in (path, name) if part), one) for name, one in found]
 
 
 def _class(block: nn.Module) -> tuple[str, str]:
@@ -239,18 +268,46 @@ def _kind(block: nn.Module) -> tuple[tuple[str, str], tuple[object, ...]]:
 
 
 def _nearly_alike(blocks: Sequence[nn.Module]) -> bool:
-    """One class, and one shape for each parameter that more than one block has; most of them in all."""
+    """One class, and one shape for each parameter that several blocks have: most of them in all; or each block holds
+    attention, and half of what all have is of one shape."""
     if len(set(map(_class, blocks))) != 1:
         return False
-    shapes: dict[str, set[tuple[int, ...]]] = {}
-    counts: Counter[str] = Counter()
+    shapes = _shapes(blocks)
+    common, equal = _common(blocks, shapes)
+    if all(len(set(one)) == 1 for one in shapes.values()) and len(common) * 2 > len(shapes):
+        return True
+    return 0 < len(common) <= len(equal) * 2 and all(_holds_attention(block) for block in blocks)
+
+
+def _share_parts(container: nn.Module) -> bool:
+    """Modules of any class that have two parameters in common, of one shape: the norms at least. Some hold attention.
+    A list of what one block consists of is not meant, nor one of lists."""
+    blocks = list(container)
+    if not isinstance(container, nn.ModuleList) or any(
+        _is_list(block) or not any(block.children()) for block in blocks
+    ):
+        return False
+    common, equal = _common(blocks, _shapes(blocks))
+    return len(equal) > 1 and len(equal) * 2 >= len(common) and any(map(_holds_attention, blocks))
+
+
+def _shapes(blocks: Sequence[nn.Module]) -> dict[str, list[tuple[int, ...]]]:
+    """Name of a parameter to its shape in each block that has it."""
+    shapes: dict[str, list[tuple[int, ...]]] = {}
     for block in blocks:
-        for name, parameter in block.named_parameters(remove_duplicate=False):
-            name = names.plain(name)
-            shapes.setdefault(name, set()).add(tuple(parameter.shape))
-            counts[name] += 1
-    common = [name for name, count in counts.items() if count == len(blocks)]
-    return all(len(one) == 1 for one in shapes.values()) and len(common) * 2 > len(counts)
+        for name, parameter in block.named_parameters():
+            shapes.setdefault(names.plain(name), []).append(tuple(parameter.shape))
+    return shapes
+
+
+def _common(blocks: Sequence[nn.Module], shapes: dict[str, list[tuple[int, ...]]]) -> tuple[list[str], list[str]]:
+    """Names of parameters that all blocks have, and of those that are of one shape in all."""
+    common = [name for name, one in shapes.items() if len(one) == len(blocks)]
+    return common, [name for name in common if len(set(shapes[name])) == 1]
+
+
+def _holds_attention(block: nn.Module) -> bool:
+    return any(attention.path for attention in find_attention(block))
 
 
 def _kinds(container: nn.Module) -> int:
@@ -261,19 +318,48 @@ def _weights(container: nn.Module) -> bool:
     return next(container.parameters(), None) is not None
 
 
+def _chosen(lists: list[tuple[str, nn.Module]], where: str) -> list[tuple[str, nn.Module]]:
+    """Those that are lists of blocks, in order.
+
+    Raises:
+        BlocksError: none is.
+    """
+    filled = [one for one in lists if len(one[1]) and _weights(one[1])]
+    several = [one for one in filled if len(one[1]) > 1]
+    chosen = _preferred([one for one in several if _nearly_alike(list(one[1]))])
+    singles = [one for one in filled if len(one[1]) == 1 and _holds_attention(one[1][0])]
+    if chosen:
+        classes = {_class(one[1][0]) for one in chosen}
+        chosen += [one for one in singles if _class(one[1][0]) in classes and not _inside(one, chosen)]
+        return [one for one in lists if any(one is other for other in chosen)]
+    mixed = [one for one in several if _share_parts(one[1])]
+    if mixed:
+        return [one for one in mixed if not _inside(one, mixed)]
+    counts = Counter(_class(one[1][0]) for one in singles)
+    chosen = [one for one in singles if counts[_class(one[1][0])] > 1]
+    if not chosen:
+        raise BlocksError(f"{where} holds no list of two or more like blocks. {_found(lists)}")
+    return chosen
+
+
 def _preferred(candidates: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
     """Lists whose modules hold attention, of nested ones the inner; else of composites, of nested ones the outer."""
-    with_attention = [item for item in candidates if any(attention.path for attention in find_attention(item[1][0]))]
+    with_attention = [item for item in candidates if _holds_attention(item[1][0])]
     if with_attention:
         return [item for item in with_attention if not _around(item, with_attention)]
     composite = [item for item in candidates if any(True for _ in item[1][0].children())] or candidates
-    return [item for item in composite if not any(_around(other, [item]) for other in composite)]
+    return [item for item in composite if not _inside(item, composite)]
 
 
 def _around(item: tuple[str, nn.Module], others: list[tuple[str, nn.Module]]) -> bool:
     """Whether one of the other lists lies inside this one."""
     inside = {id(module) for module in item[1].modules()} - {id(item[1])}
     return any(id(other) in inside for _, other in others)
+
+
+def _inside(item: tuple[str, nn.Module], others: list[tuple[str, nn.Module]]) -> bool:
+    """Whether this list lies inside one of the others."""
+    return any(_around(other, [item]) for other in others)
 
 
 def _blocks(path: str, container: nn.Module) -> Blocks:

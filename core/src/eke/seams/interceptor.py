@@ -11,6 +11,7 @@ A model compiled as a whole has one graph for each set of actions, and one that 
 
 from __future__ import annotations
 
+import contextvars
 import copyreg
 import inspect
 from collections.abc import Callable, Iterable, Sequence
@@ -44,58 +45,128 @@ class Action(Protocol):
 class Form:
     """How the blocks of one list return hidden states: a tensor, or a tuple that begins with it.
 
-    Learned each time one of them runs.
+    Learned each time one of them runs. What else the tuple holds a block has got and hands on, as T5's position bias,
+    or it has made it.
     """
 
     def __init__(self) -> None:
         self.length: int | None = None  # of the tuple; 0 for a tensor, None before a block has run
-        self.carries = ""  # classes of what else the tuple holds
+        self.carries = ""  # classes of what the last block has made that is not handed on
+        self.handed: dict[int, int | str] = {}  # place in the tuple to the input that is handed on there
 
-    def learn(self, output: Any) -> None:
+    def learn(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Look at what a block has made of its inputs, those beside the hidden states."""
         length = len(output) if isinstance(output, tuple) else 0
         if not isinstance(output[0] if length else output, Tensor):
             length = -1
-        carries = ", ".join(type(item).__name__ for item in output[1:] if item is not None) if length > 0 else ""
+        extra = [place for place in range(1, length) if output[place] is not None]
+        for place in extra:
+            key = _key_of(output[place], args, kwargs)
+            if key is not None and self.handed.get(place) != key:
+                self.handed[place] = key
+        carries = ", ".join(type(output[place]).__name__ for place in extra if place not in self.handed)
         # Written only when it changes: each write would cost a compiled model a graph.
         if length != self.length:
             self.length = length
         if carries != self.carries:
             self.carries = carries
 
-    def wrap(self, hidden: Tensor) -> Any:
-        """``hidden`` in the form of a block's output.
+    def wrap(self, hidden: Tensor, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """``hidden`` in the form of a block's output, with what the block would hand on of its other inputs.
 
         Raises:
-            InterceptorError: no block of the list has run yet, or the tuple carries more than hidden states.
+            InterceptorError: no block of the list has run yet, or blocks make more than hidden states.
         """
+        self.check(args, kwargs)
+        if self.length == 0:
+            return hidden
+        return (hidden, *(self._input(place, args, kwargs or {}) for place in range(1, self.length)))
+
+    def check(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> None:
+        """Refuse to make up an output that holds more than hidden states and what is handed on."""
         if self.length is None:
             raise InterceptorError(
                 "A block was to be skipped before any block of its list had run, so the form of its output is not "
                 "known. Keep the first block open."
             )
-        self.check()
-        return hidden if self.length == 0 else (hidden, *[None] * (self.length - 1))
-
-    def check(self) -> None:
-        """Refuse to make up an output that holds more than hidden states."""
         if self.length == -1:
             raise InterceptorError(
                 "The blocks return neither a tensor nor a tuple that begins with one: they cannot be intercepted."
             )
-        if self.carries:
+        if kwargs is not None and self.made_here(args, kwargs):
             raise InterceptorError(
-                f"The blocks return ({', '.join(('Tensor', self.carries))}): a skipped block has no cache and no "
-                "attention maps to return. Switch those off (use_cache=False, output_attentions=False)."
+                "This block makes what the later ones hand on, such as a position bias: it can be neither skipped nor "
+                "run on a part of its tokens. Keep it open."
             )
+        if self.carries:
+            advice = "use_cache=False" if "Cache" in self.carries else "use_cache=False, output_attentions=False"
+            raise InterceptorError(
+                f"The blocks return ({', '.join(('Tensor', self.carries))}): a skipped block has no cache, no "
+                f"attention maps and no router's logits to return. Switch those off ({advice})."
+            )
+
+    def knows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether :meth:`wrap` has all that it needs."""
+        return self.length is not None and self.length >= 0 and not self.carries and not self.made_here(args, kwargs)
+
+    def made_here(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the block with these inputs makes what the later ones hand on."""
+        return any(self._input(place, args, kwargs) is None for place in self.handed)
+
+    def _input(self, place: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        key = self.handed.get(place)
+        if isinstance(key, int):
+            return args[key] if key < len(args) else None
+        return kwargs.get(key)
+
+
+def makes(output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a block has returned more than hidden states and what it got."""
+    others = output[1:] if isinstance(output, tuple) else ()
+    return any(item is not None and _key_of(item, args, kwargs) is None for item in others)
+
+
+def _key_of(item: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str | None:
+    """Which of a block's inputs is handed on."""
+    for key, value in (*enumerate(args), *kwargs.items()):
+        if value is item or _same_memory(value, item):
+            return key
+    return None
+
+
+def _same_memory(value: Any, item: Any) -> bool:
+    """Reentrant checkpointing returns an alias of what a block hands on."""
+    if not isinstance(value, Tensor) or type(value) is not type(item) or torch.compiler.is_compiling():
+        return False
+    try:
+        return value.is_set_to(item)
+    except (NotImplementedError, RuntimeError):  # tensors without memory have none in common
+        return False
 
 
 class Skip:
-    """The block is skipped: it passes its input on."""
+    """The block is skipped: it passes its input on, and what else it would hand on.
+
+    Where no block of the list has shown yet what that is, this one runs once to show it, without gradient.
+    """
 
     priority = 0
 
     def __call__(self, call_next: Any, hidden: Tensor, args: Any, kwargs: Any, form: Form) -> Any:
-        return form.wrap(hidden)
+        if form.length is None or form.carries:
+            show(call_next, hidden, args, kwargs)
+        return form.wrap(hidden, args, kwargs)
+
+
+def show(call_next: Callable[..., Any], hidden: Tensor, args: Any, kwargs: Any) -> None:
+    """Run a block for its :class:`Form` alone: without gradient, with random numbers of its own, and in a context of
+    its own, in which nobody collects what blocks give, as Hugging Face's models do for a router's loss."""
+    cards = [hidden.device.index] if hidden.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(cards):
+        if torch.compiler.is_compiling():
+            call_next(hidden, args, kwargs)
+        else:
+            contextvars.Context().run(call_next, hidden, args, kwargs)
 
 
 class Edit:
@@ -165,7 +236,7 @@ class Select:
         whole = {id(cut): one for cut, one in zip((*args, *kwargs.values()), given, strict=True)}
         others = [whole.get(id(item), item) for item in output[1:]]
         if any(item is not None and id(item) not in whole for item in output[1:]):
-            form.check()
+            form.check(args, kwargs)
         return (scatter_tokens(hidden, output[0], positions, self.dim), *others)
 
 
@@ -204,6 +275,12 @@ def attach(blocks: Iterable[nn.Module], owner: str) -> None:
         owner: Name of the technique.
     """
     blocks = list(blocks)
+    for block in blocks:
+        if isinstance(block, (nn.ModuleList, nn.ModuleDict)):
+            raise InterceptorError(
+                f"A block is a {type(block).__name__}, whose parts the model calls one by one: nobody calls the block, "
+                "so that it cannot be skipped, cut or recomputed. Give each block a class with a forward of its own."
+            )
     form = next((vars(block)[_STATE].form for block in blocks if _STATE in vars(block)), None) or Form()
     for block in blocks:
         if not isinstance(block, InterceptedBlock):
@@ -260,7 +337,7 @@ class Interceptor:
     def run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.actions:
             output = call(*args, **kwargs)
-            self.form.learn(output)
+            self.form.learn(output, args[1:], kwargs)
             return output
         if args:
             return self._run(0, call, args[0], args[1:], kwargs)
@@ -270,7 +347,7 @@ class Interceptor:
     def _run(self, depth: int, call: Callable[..., Any], hidden: Tensor, args: Any, kwargs: Any) -> Any:
         if depth == len(self.actions):
             output = call(hidden, *args, **kwargs)
-            self.form.learn(output)
+            self.form.learn(output, args, kwargs)
             return output
         return self.actions[depth](partial(self._run, depth + 1, call), hidden, args, kwargs, self.form)
 
@@ -295,30 +372,37 @@ def set_actions(actions: Actions) -> None:
 
 
 class InterceptedBlocks:
-    """The blocks of a list on which a technique may act: those that it holds at the moment, also after growth.
+    """The blocks on which a technique may act: those that their lists hold at the moment, also after growth.
 
     Args:
         owner: Name of the technique.
-        found: The list.
-        part: Which of its blocks.
+        found: The list, or several: of an encoder and a decoder, of two towers, of stages.
+        part: Which blocks of each.
     """
 
-    def __init__(self, owner: str, found: blocks.Blocks, part: slice = slice(None)) -> None:
-        self.owner, self.found, self.part = owner, found, part
-        self._held: list[nn.Module] = []
+    def __init__(self, owner: str, found: blocks.Blocks | Sequence[blocks.Blocks], part: slice = slice(None)) -> None:
+        self.owner, self.part = owner, part
+        self.found = [found] if isinstance(found, blocks.Blocks) else list(found)
+        self._held: list[list[nn.Module]] = [[] for _ in self.found]
 
     def now(self) -> list[nn.Module]:
-        """The blocks of the moment, each with an interceptor. Those that have left the list have none of ours."""
-        now = list(self.found.container)[self.part]
-        if len(now) != len(self._held) or any(new is not old for new, old in zip(now, self._held, strict=True)):
-            detach([old for old in self._held if not any(old is new for new in now)], self.owner)
-            attach(now, self.owner)
-            self._held = now
-        return now
+        """The blocks of the moment, each with an interceptor, one list after the other. Those that have left theirs
+        have none of ours."""
+        return [block for blocks in self.lists() for block in blocks]
+
+    def lists(self) -> list[list[nn.Module]]:
+        """As :meth:`now`, by list."""
+        for number, found in enumerate(self.found):
+            now, held = list(found.container)[self.part], self._held[number]
+            if len(now) != len(held) or any(new is not old for new, old in zip(now, held, strict=True)):
+                detach([old for old in held if not any(old is new for new in now)], self.owner)
+                attach(now, self.owner)
+                self._held[number] = now
+        return [list(held) for held in self._held]
 
     def __len__(self) -> int:
         """How many they were when last asked for."""
-        return len(self._held)
+        return sum(map(len, self._held))
 
     def put(self, block: nn.Module, *actions: Action) -> None:
         """Set what is done to one of them."""
@@ -326,13 +410,15 @@ class InterceptedBlocks:
 
     def clear(self) -> None:
         """Leave all of them as they are."""
-        for block in self._held:
-            put(block, self.owner)
+        for held in self._held:
+            for block in held:
+                put(block, self.owner)
 
     def detach(self) -> None:
         """Take the interceptors off."""
-        detach(self._held, self.owner)
-        self._held = []
+        for held in self._held:
+            detach(held, self.owner)
+        self._held = [[] for _ in self.found]
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         return _nothing, ()  # a copy of a technique begins without a model

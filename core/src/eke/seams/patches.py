@@ -112,6 +112,32 @@ def image_blocks(module: nn.Module, paths: str | Sequence[str] | None = None) ->
     return [one for one in lists if one.path in near]
 
 
+def patch_blocks(
+    module: nn.Module, paths: str | Sequence[str] | None, prefix: int | None, technique: str, on_texts: str
+) -> list[Blocks]:
+    """The lists of blocks to which the patches of a technique come, in a model that may cut images in its own way.
+
+    Args:
+        module: A model, a LightningModule, or anything that holds one.
+        paths: As for :func:`image_blocks`.
+        prefix: How many tokens precede the patches, where the user says so: nothing has to cut images then.
+        technique: Name of the class, for errors.
+        on_texts: What is said of a model of texts: that this is for images, and what is for texts.
+
+    Raises:
+        BlocksError: the blocks are not to be found.
+        PatchesError: nothing cuts images; with what to do, which for a model of texts is another thing.
+    """
+    try:
+        return image_blocks(module, paths)
+    except PatchesError as error:
+        if prefix is not None:
+            return find_all_blocks(module)
+        if any(isinstance(part, nn.Embedding) for part in module.modules()):
+            raise PatchesError(f"{error} {on_texts}") from None
+        raise PatchesError(f"{error} Say how many tokens precede the patches: {technique}(prefix=1).") from None
+
+
 def _not_one(module: nn.Module, where: str, cutting: list[str], convolutions: dict[str, nn.Module]) -> PatchesError:
     have = ", ".join(f"{name} {part.kernel_size}" for name, part in convolutions.items()) or "no convolution"
     return PatchesError(
@@ -173,5 +199,6 @@ __all__ = [
     "find_patches",
     "image_blocks",
     "one_of",
+    "patch_blocks",
     "relative_positions",
 ]

@@ -247,11 +247,11 @@ class _Join:
         later = Later(hidden, _Step(self, call_next, args, kwargs))
         if self.index == self.region.stop - 1:
             return later.compute()
-        if form.length is None or form.length < 0 or form.carries:
+        if not form.knows(args, kwargs):
             if form.length is not None:
                 self.cuts.add(self.index)
             return later.compute()
-        return form.wrap(later)
+        return form.wrap(later, args, kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "policy": None}  # a function that need not pickle: a copy recomputes all
