@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from eke import compat
+from eke import compat, strategies
 from eke.coordinator import checkpoint as checkpoints
 from eke.coordinator import opening
 from eke.coordinator.hooks import HOOKS, Hooks
@@ -16,6 +16,7 @@ from eke.coordinator.wiring import Wiring
 from eke.run import Run, Shared, forget_run
 from eke.seams import state
 from eke.seams.data import Position
+from eke.seams.gradients import GradientCheck
 from eke.seams.masks import Masks
 from eke.seams.passes import Passes
 from eke.seams.progress import Progress
@@ -42,6 +43,7 @@ class Coordinator(Hooks):
         self._masks: Masks | None = None  # outlives the run, as the zeros do, for a checkpoint that is written after it
         self._swap: Swap | None = None
         self._before_step: list[Callable[..., Any]] = []
+        self._gradients: GradientCheck | None = None
         self._resumed: dict[str, Any] = {}  # the checkpoint's, until training starts
         self._begins_with: dict[str, Any] = {}  # what this process had of its own, from a checkpoint
 
@@ -153,10 +155,15 @@ class Coordinator(Hooks):
             wiring.remove()
             self.position.detach()
             self.progress.connect(None)
-            self.runs, self._passes, self._before_step = {}, None, []
+            self.runs, self._passes, self._before_step, self._gradients = {}, None, [], None
             for technique in self.techniques:
                 technique._run = None
                 forget_run(technique)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._gradients is not None:
+            self._gradients.end()
+        super().on_train_end(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.close()
@@ -254,6 +261,9 @@ class Coordinator(Hooks):
         for run in self.runs.values():
             run.begin()
             run.trains()
+        if not any(word.startswith("sharded") for word in strategies.imposed(trainer.strategy)):
+            replaced = any("loss" in type(one).technique.touches("replaces") for one in self.techniques)
+            self._gradients = GradientCheck(pl_module, all_of_it=not replaced)
         super().on_train_start(trainer, pl_module)
         for begin in self._wiring.at("begin_samples"):
             begin()
@@ -273,6 +283,8 @@ class Coordinator(Hooks):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         if self._passes is not None:
             self._passes.optimizer = optimizer
+        if self._gradients is not None:
+            self._gradients.look(optimizer)
         for act in self._before_step:
             act(optimizer)
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
