@@ -52,12 +52,15 @@ KINDS: dict[str, tuple[dict[str, Any] | None, tuple[float, ...]]] = {
     FULL: (None, (1e-4, 3e-4, 1e-3)),
     HEAD: ({"method": "head", **HEADS}, (3e-3, 1e-2, 3e-2)),
     LORA: ({"method": "lora", "settings": {"r": 8, "lora_alpha": 16}, "targets": QV, **HEADS}, (1e-3, 3e-3, 1e-2)),
-    "LoRA, r 16, all linear layers": ({"method": "lora", **HEADS}, (3e-4, 1e-3, 3e-3)),
+    "LoRA, r 16, all linear layers": ({"method": "lora", "targets": ["all-linear"], **HEADS}, (3e-4, 1e-3, 3e-3)),
     "BitFit": ({"method": "bitfit", **HEADS}, (1e-3, 3e-3, 1e-2)),
     "adapters, width 64": ({"method": "adapters", **HEADS}, (1e-3, 3e-3, 1e-2)),
     "IA3": ({"method": "ia3", **HEADS}, (3e-3, 1e-2, 3e-2)),
     "20 prompt tokens": ({"method": "prompt", "settings": PROMPT, **HEADS}, (1e-3, 3e-3, 1e-2)),
-    "QLoRA, nf4, r 16": ({"method": "lora", "quantize": "nf4", **HEADS}, (3e-4, 1e-3, 3e-3)),
+    "QLoRA, nf4, r 16": (
+        {"method": "lora", "targets": ["all-linear"], "quantize": "nf4", **HEADS},
+        (3e-4, 1e-3, 3e-3),
+    ),
 }
 
 

@@ -6,7 +6,8 @@ import eke
 import peft
 import pytest
 import torch
-from eke import strategies
+from eke import TechniqueCallback, strategies
+from eke.seams import interceptor
 from eke.seams.blocks import find_all_blocks, find_attention, find_blocks
 from eke.seams.names import NamesError, plain_keys
 from eke.testing import run as kit
@@ -18,6 +19,7 @@ from eke_peft.adapters import Adapter
 from eke_peft.base import trained_names
 from eke_peft.intrinsic import Fastfood, walsh_hadamard
 from eke_peft.quantized import keep_weights, quantize_layers
+from eke_peft.ranks import Ranks
 from eke_peft.targets import linear_layers, outputs
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -39,7 +41,8 @@ def fit(model, technique, epochs=2, **options):
 def put(method, model=None, **arguments):
     """A model with an adapter, and the technique that put it in."""
     model, technique = model or TinyBlocks(), PEFT(method, **arguments)
-    technique.alter_model(eke.Run(technique, None, model))
+    technique._run = eke.Run(technique, None, model)
+    technique.alter_model(technique.run)
     return model, technique
 
 
@@ -178,7 +181,7 @@ def test_visual_prompts_are_seen_by_the_blocks_and_nobody_else(deep):
     assert prompts.shape == (4 if deep else 1, 3, 16)
     bound = (6 / (model.patches.weight[0].numel() if hasattr(model, "patches") else 12 + 16)) ** 0.5
     assert prompts.abs().max() <= max(bound, 1)
-    technique.end_run(eke.Run(technique, None, model))
+    technique.run.close()
 
 
 def test_a_prompt_of_one_block_does_not_reach_those_of_the_next():
@@ -191,7 +194,7 @@ def test_a_prompt_of_one_block_does_not_reach_those_of_the_next():
     logits(model)
     handle.remove()
     assert torch.equal(seen[0], seen[1])
-    technique.end_run(eke.Run(technique, None, model))
+    technique.run.close()
 
 
 def test_the_backbone_is_in_eval_while_prompts_train():
@@ -293,7 +296,7 @@ RANKS = {"init_r": 6, "target_r": 2, "tinit": 2, "tfinal": 2, "init_lora_weights
 
 def test_adalora_ends_where_peft_in_a_bare_loop_does():
     lit, bare = Classifier(), Classifier()
-    technique = PEFT("adalora", settings={**RANKS, "total_step": 8})
+    technique = PEFT("adalora", settings={**RANKS, "total_step": 8}, targets=["all-linear"])
     technique.alter_model(eke.Run(technique, None, lit))
     targets = linear_layers(bert())
     config = peft.AdaLoraConfig(**RANKS, total_step=8, lora_alpha=32, target_modules=targets)
@@ -1006,3 +1009,131 @@ def test_the_conv1d_layers_of_gpt2_are_quantized_to_near_their_weights(kind):
         assert {type(model.get_submodule(name)).__name__ for name in names} <= {"Linear4bit", "Linear8bitLt"}
         error = model.model(tokens).logits - plain
     assert 0 < error.norm() < 0.2 * plain.norm()
+
+
+@pytest.mark.parametrize(
+    ("shape", "layers"),
+    [("gpt2", {"c_attn"}), ("llama", {"q_proj", "v_proj"}), ("bert", {"query", "value"}), ("t5", {"q", "v"}),
+     ("bart", {"q_proj", "v_proj"})],
+)  # fmt: skip
+def test_the_layers_are_those_that_peft_itself_takes_in_an_architecture_that_it_knows(shape, layers):
+    built, theirs = shapes.SHAPES[shape](), shapes.SHAPES[shape]().model
+
+    class Holds(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.inner = built.model
+
+    model, _ = put("lora", Holds(), settings={"r": 2})
+    peft.get_peft_model(theirs, peft.LoraConfig(r=2))
+    ours = [name for name, part in model.inner.named_modules() if isinstance(part, BaseTunerLayer)]
+    assert ours == [name for name, part in theirs.named_modules() if isinstance(part, BaseTunerLayer)]
+    assert {name.rpartition(".")[2] for name in ours} == layers
+    assert all(any(name.startswith(f"{path}.") for name in ours) for path in built.lists)
+
+
+def test_lists_of_blocks_and_all_linear_layers_can_be_asked_for_where_peft_has_a_choice_of_its_own():
+    class Holds(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.inner = shapes.SHAPES["t5"]().model
+
+    def adapted(**arguments):
+        model, _ = put("lora", Holds(), settings={"r": 2}, **arguments)
+        return [name for name, part in model.inner.named_modules() if isinstance(part, BaseTunerLayer)]
+
+    names = adapted(blocks=["encoder.block"])
+    assert names
+    assert all(name.startswith("encoder.block.") and name.endswith((".q", ".v")) for name in names)
+    assert adapted(targets=["all-linear"]) == linear_layers(shapes.SHAPES["t5"]().model)
+    only = adapted(targets=["all-linear"], blocks="decoder.block")
+    assert only == linear_layers(shapes.SHAPES["t5"]().model, "decoder.block")
+
+
+def test_visual_prompts_go_to_the_tower_of_images_and_several_ask_which():
+    class Holds(LightningModule):
+        def __init__(self, shape):
+            super().__init__()
+            self.inner = shapes.SHAPES[shape]().model
+
+    model, technique = put("vpt", Holds("clip"), settings={"tokens": 2}, train=["*logit_scale"])
+    images, texts = (find_blocks(model, path) for path in ("inner.vision_model", "inner.text_model"))
+    assert [bool(interceptor.actions(block)) for block in images] == [True, False, True]
+    assert not any(interceptor.actions(block) for block in texts)
+    technique.run.close()
+    with pytest.raises(PEFTError, match="'vpt' puts tokens before those of one list.*blocks='encoder.block'"):
+        put("vpt", Holds("t5"))
+
+
+class Uneven(TechniqueCallback):
+    """Skips the second block in every second step, as layer dropping does, or always, as stacking does."""
+
+    technique = eke.Technique(name="uneven", kind="callback", effects=("changes hidden states",))
+
+    def __init__(self, every=2):
+        self.every = every
+
+    def alter_model(self, run):
+        self.blocks = run.blocks()
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        skips = batch_idx % self.every == 0
+        self.blocks.put(self.blocks.now()[1], *([interceptor.Skip()] if skips else []))
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_adalora_leaves_the_scores_of_a_skipped_block_as_they_were(every):
+    model, technique = Classifier(), PEFT("adalora", settings={**RANKS, "total_step": 8})
+    scores = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            own = technique._ranks.allocator.exp_avg_ipt
+            scores.append({name: one.clone() for name, one in own.items() if ".1." in name})
+
+    tune(model, technique, callbacks=[Uneven(every), Look()])
+    assert scores[0]
+    assert not any(one.any() for one in scores[0].values())  # skipped in the first step: nothing was seen
+    moved = [any((new[name] != old[name]).any() for name in new) for old, new in zip(scores, scores[1:], strict=False)]
+    assert any(moved) == (every == 2)
+    if every == 2:
+        assert moved[:2] == [True, False]
+
+
+def test_an_adapter_larger_than_its_layer_is_regularized_by_the_size_of_its_product():
+    """Of rank 24 beside layers of 16 features; by hand: the norm of P P' - 1 for each matrix."""
+    model, technique = Classifier(), PEFT("adalora", settings={**RANKS, "init_r": 24, "total_step": 4})
+    tune(model, technique)
+    ranks = Ranks(model.model, peft.AdaLoraConfig(**{**RANKS, "init_r": 24}, total_step=4), "default")
+    matrices = [(name, p) for name, p in ranks._parameters() if "lora_E" not in name]
+    for _, p in matrices:
+        p.grad = torch.zeros_like(p)
+    ranks.regularize()
+    total = sum(
+        ((p @ p.T if "lora_A" in name else p.T @ p) - torch.eye(24)).square().sum().sqrt() for name, p in matrices
+    )
+    wanted = torch.autograd.grad(ranks.config.orth_reg_weight * total / len(matrices), [p for _, p in matrices])
+    for (_, p), gradient in zip(matrices, wanted, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+
+
+def test_mamba_is_adapted_where_its_layers_are_called():
+    hf = pytest.importorskip("transformers")
+
+    class Holds(LightningModule):
+        def __init__(self):
+            super().__init__()
+            config = hf.MambaConfig(vocab_size=17, hidden_size=8, state_size=2, num_hidden_layers=2, time_step_rank=2)
+            self.inner = hf.MambaForCausalLM(config)
+
+    model, _ = put("lora", Holds(), settings={"r": 2})
+    adapted = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, BaseTunerLayer)}
+    assert adapted == {"in_proj", "x_proj", "dt_proj"}
+
+
+def test_prompts_where_blocks_get_something_for_each_token_are_refused_in_words():
+    model, technique = put("vpt", TinyViT(), settings={"tokens": 2}, train=["head.*"])
+    block, hidden = find_blocks(model)[0], torch.randn(2, 17, 16)
+    with pytest.raises(PEFTError, match=r"also get mask of shape \(2, 17\), one entry a token, and prompts have none"):
+        block(hidden, mask=torch.ones(2, 17))
+    technique.run.close()

@@ -17,9 +17,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from eke import Run, Technique, TechniqueCallback
-from eke.seams import interceptor
-from eke.seams.blocks import find_blocks
+from eke.seams.blocks import Blocks
 from eke.seams.names import plain
+from eke.seams.patches import patch_blocks
 from eke.seams.state import KEY
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -40,7 +40,7 @@ from eke_peft.quantized import keep_weights, quantize_layers, quantized_layers, 
 from eke_peft.ranks import Ranks
 from eke_peft.rates import Apart, join
 from eke_peft.saved import host_of, merge, say_what_is_tied
-from eke_peft.targets import linear_layers, named, outputs
+from eke_peft.targets import ALL, linear_layers, named, outputs
 
 _ADAPTER = re.compile(r"\.(?=(?:lora|ia3|hada|lokr|vera|oft|eke)_)")  # where a layer's own name ends
 
@@ -61,12 +61,14 @@ class PEFT(TechniqueCallback):
             ``tokens``, ``deep``, ``prefix`` and ``dropout`` of vpt; ``dimension`` and ``parameters`` of
             intrinsic.
         targets: Patterns of names of the layers inside ``host``, such as ``"q_proj"`` or ``"*.mlp.*"``; for bitfit, of
-            biases. By default all linear layers of the blocks; for adapters those that end attention and MLP; for ia3
-            keys, values and the MLP's end.
+            biases. ``["all-linear"]``: all linear layers of the blocks. By default, for LoRA and its kin, what peft
+            takes in an architecture that it knows, such as queries and values, and all linear layers in another one or
+            on a quantized base; for adapters those that end attention and MLP; for ia3 keys, values and the MLP's end.
         train: Patterns of names of further parameters that train, such as ``"head.*"``, or names of modules. By default
             what lies outside of the Hugging Face model and its new head; in a plain model, nothing.
         host: Dotted path of the part that is adapted. By default the Hugging Face model inside, else all of it.
-        blocks: Dotted path of the list of blocks, or several, where the search for them needs help.
+        blocks: Dotted paths of lists of blocks, one or several, in which layers are looked for. By default all of the
+            model; for vpt the one that sees images.
         lr_ratio: LoRA+: learning rate of the second matrix over that of the first; 16 in the paper.
         quantize: ``"nf4"`` or ``"int8"``: keep the adapted layers' weights quantized by bitsandbytes (QLoRA).
         checkpoint: ``"adapter"`` saves what trains and a hash of the rest; ``"full"`` all.
@@ -127,7 +129,6 @@ class PEFT(TechniqueCallback):
         self.adapter = adapter
         self._config()  # a wrong setting should fail now
         self._base = ""  # hash of the base
-        self._held: list[nn.Module] = []
         self._module: LightningModule | None = None
         self._ranks: Ranks | None = None
         self._merged = False
@@ -151,8 +152,9 @@ class PEFT(TechniqueCallback):
         if isinstance(config, AdaLoraConfig):
             self._ranks = Ranks(host_of(pl_module, self.host)[1], copy.deepcopy(config), self.adapter)
         if self.method == "vpt":
-            blocks = find_blocks(host_of(pl_module, self.host)[1], self.blocks)
-            self._held = put_prompts(pl_module, getattr(pl_module, PROMPTS), blocks, self._own()["prefix"], RECORD.name)
+            found = self._seeing(host_of(pl_module, self.host)[1])
+            blocks = run.blocks([found])
+            put_prompts(getattr(pl_module, PROMPTS), blocks, self._own()["prefix"])
 
     def _missing(self, pl_module: LightningModule) -> bool:
         """Whether the model has yet to be given this adapter.
@@ -211,14 +213,28 @@ class PEFT(TechniqueCallback):
             ends = None if self.targets else outputs(host, self.blocks, own["after_attention"])
             put_adapters(host, ends or self._targets(host), own["width"])
         elif self.method == "vpt":
-            blocks = find_blocks(host, self.blocks)
+            blocks = self._seeing(host)
             width = token_width(blocks[0])
             layers = len(blocks) if own["deep"] else 1
             pl_module.add_module(PROMPTS, Prompts(layers, own["tokens"], width, patch_size(host), own["dropout"]))
         elif self.method == "intrinsic":
             put_intrinsic(host, self._moved(pl_module, path, host, own["parameters"]), own["dimension"], seed=0)
         else:
-            put_library(pl_module, path, host, self._config(), self.adapter, self.targets, self.blocks)
+            config, targets = self._config(), self.targets
+            free = targets is None and getattr(config, "target_modules", None) is None and self.method != "ia3"
+            if self.quantize and free:
+                targets = [ALL]  # as QLoRA does, which found that it takes all to keep up with full tuning
+            put_library(pl_module, path, host, config, self.adapter, targets, self.blocks)
+
+    def _seeing(self, host: nn.Module) -> Blocks:
+        """The blocks that get visual prompts: those that see images."""
+        lists = patch_blocks(host, self.blocks, 0, "PEFT('vpt')", "")
+        if len(lists) > 1:
+            raise PEFTError(
+                f"'vpt' puts tokens before those of one list of blocks, and {type(host).__name__} has "
+                f"{', '.join(one.path for one in lists)}. Say which: blocks='{lists[0].path}'."
+            )
+        return lists[0]
 
     def _config(self) -> PeftConfig | None:
         """peft's configuration; None for methods that are not peft's."""
@@ -238,7 +254,7 @@ class PEFT(TechniqueCallback):
         return {**OWN.get(self.method, {}), **self.settings} if isinstance(self.method, str) else {}
 
     def _targets(self, host: nn.Module) -> list[str]:
-        return named(host, self.targets) if self.targets else linear_layers(host, self.blocks)
+        return named(host, self.targets, self.blocks) if self.targets else linear_layers(host, self.blocks)
 
     def _moved(self, module: LightningModule, path: str, host: nn.Module, parameters: str) -> list[nn.Parameter]:
         """What intrinsic dimension moves."""
@@ -259,10 +275,6 @@ class PEFT(TechniqueCallback):
         settings = {key: plain_values(value) for key, value in sorted(self.settings.items())}
         return {"method": self.method, "settings": settings, "targets": self.targets, "host": self.host,
                 "blocks": self.blocks, "quantize": self.quantize, "adapter": self.adapter}  # fmt: skip
-
-    def end_run(self, run: Run) -> None:
-        interceptor.detach(self._held, RECORD.name)
-        self._held = []
 
     # ------------------------------------------------------------------ training
 
@@ -395,4 +407,4 @@ class PEFT(TechniqueCallback):
         checkpoint["state_dict"] = completed(pl_module, saved)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_module": None, "_ranks": None, "_held": []}
+        return {**super().__getstate__(), "_module": None, "_ranks": None}

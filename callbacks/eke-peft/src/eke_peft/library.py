@@ -24,7 +24,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
 from torch import nn
 
 from eke_peft.errors import PEFTError
-from eke_peft.targets import linear_layers, named, scaled
+from eke_peft.targets import named, scaled, usual_layers
 
 UNTIL_KNOWN = 2**62  # steps of AdaLoRA: peft wants to be told before a run can know
 
@@ -110,11 +110,11 @@ def put_library(
     if adapter in getattr(host, "peft_config", {}) and any(isinstance(p, BaseTunerLayer) for p in host.modules()):
         raise PEFTError(f"the model has an adapter {adapter!r} already, which would begin anew. Give another adapter=.")
     if targets is not None:
-        config.target_modules = named(host, targets)
+        config.target_modules = named(host, targets, blocks)
     elif isinstance(config, IA3Config) and config.target_modules is None:
         config.target_modules, config.feedforward_modules = scaled(host, blocks)
     elif hasattr(config, "target_modules") and config.target_modules is None:
-        config.target_modules = linear_layers(host, blocks)
+        config.target_modules = usual_layers(host, config, blocks)
     wanted = config.target_modules if isinstance(config.target_modules, (list, set)) else ()
     for name, part in host.named_modules():
         if isinstance(part, nn.MultiheadAttention) and any(f".{name}".endswith(f".{one}") for one in wanted):
@@ -127,7 +127,7 @@ def put_library(
         with _unmeshed(module):
             inject_adapter_in_model(config, host, adapter_name=adapter)
         cast_adapter_dtype(host, adapter)  # what trains is kept in float32 beside a half-precision base
-    except ValueError as error:
+    except (ValueError, AttributeError, RuntimeError) as error:  # whatever peft meets in a model that it does not know
         if "get_peft_model" not in str(error) or not path:
             raise PEFTError(
                 f"peft does not put {config.peft_type.value} into {type(host).__name__}: {error}"

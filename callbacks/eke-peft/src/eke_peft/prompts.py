@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from eke.seams import interceptor
-from eke.seams.blocks import Blocks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -57,10 +57,9 @@ def patch_size(host: nn.Module) -> int:
     return found.weight[0].numel() if found is not None else 768
 
 
-def put_prompts(host: nn.Module, prompts: Prompts, blocks: Blocks, prefix: int, owner: str) -> list[nn.Module]:
+def put_prompts(prompts: Prompts, blocks: interceptor.InterceptedBlocks, prefix: int) -> None:
     """Let blocks see the prompts, behind the first ``prefix`` tokens, and nobody after the last block."""
-    modules, count = list(blocks), prompts.tokens.shape[1]
-    interceptor.attach(modules, owner)
+    modules, count = blocks.now(), prompts.tokens.shape[1]
     for layer, block in enumerate(modules):
         before = after = None
         if layer == 0:
@@ -69,8 +68,22 @@ def put_prompts(host: nn.Module, prompts: Prompts, blocks: Blocks, prefix: int, 
             before = partial(_replace, prompts, layer, prefix)
         if layer == len(modules) - 1:
             after = partial(_remove, count, prefix)
-        interceptor.put(block, owner, *([interceptor.Edit(before, after)] if before or after else []))
-    return modules
+        kind = First if layer == 0 else interceptor.Edit
+        blocks.put(block, *([kind(before, after)] if before or after else []))
+
+
+class First(interceptor.Edit):
+    """At the entrance of the first block. What else blocks get for each token, prompts have none of."""
+
+    def __call__(self, call_next: Any, hidden: Tensor, args: Any, kwargs: Any, form: interceptor.Form) -> Any:
+        for name, value in [*((f"argument {i}", one) for i, one in enumerate(args, 1)), *kwargs.items()]:
+            for part in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(part, Tensor) and hidden.shape[1] in part.shape[1:]:
+                    raise PEFTError(
+                        f"The blocks also get {name} of shape {tuple(part.shape)}, one entry a token, and prompts have "
+                        "none. 'vpt' serves Vision Transformers; on a language model, 'prompt' or 'prefix' does."
+                    )
+        return super().__call__(call_next, hidden, args, kwargs, form)
 
 
 def _insert(prompts: Prompts, prefix: int, hidden: Tensor) -> Tensor:

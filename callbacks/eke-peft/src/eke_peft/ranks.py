@@ -55,7 +55,7 @@ class Ranks:
                 f"AdaLoRA with tinit={self.config.tinit} and tfinal={self.config.tfinal} has no step left of "
                 f"{self.config.total_step} to take ranks away in."
             )
-        self.allocator = RankAllocator(self.host, self.config, self.adapter)
+        self.allocator = Allocator(self.host, self.config, self.adapter)
         for name, parameter in self._parameters():
             for kind in _SCORES:
                 if (known := self._scores.get(kind, {}).get(plain(name))) is not None:
@@ -65,7 +65,8 @@ class Ranks:
         """Add the gradient of how far the matrices are from orthogonal, in the mean over them."""
         matrices = [(name, p) for name, p in self._parameters() if "lora_E" not in name and p.grad is not None]
         with torch.enable_grad():
-            apart = [torch.norm((p @ p.T if "lora_A" in name else p.T @ p) - _eye(p)) for name, p in matrices]
+            products = [p @ p.T if "lora_A" in name else p.T @ p for name, p in matrices]
+            apart = [torch.norm(one - torch.eye(len(one), dtype=one.dtype, device=one.device)) for one in products]
             if apart:
                 term = self.config.orth_reg_weight * torch.stack(apart).mean()
                 for (_, p), gradient in zip(matrices, torch.autograd.grad(term, [p for _, p in matrices]), strict=True):
@@ -101,5 +102,22 @@ class Ranks:
                 if any(f"lora_{which}.{self.adapter}" in name for which in "ABE")]  # fmt: skip
 
 
-def _eye(matrix: torch.Tensor) -> torch.Tensor:
-    return torch.eye(min(matrix.shape), dtype=matrix.dtype, device=matrix.device)
+class Allocator(RankAllocator):
+    """peft's, for steps in which some matrices have no gradient: those of a block that was skipped, or does not run
+    yet. Of them nothing was learnt, and their scores stay as they were."""
+
+    def update_ipt(self, model: nn.Module) -> None:
+        unseen = {
+            name: p
+            for name, p in model.named_parameters()
+            if "lora_" in name and self.adapter_name in name and p.grad is None
+        }
+        kept = [(getattr(self, kind), name) for kind in _SCORES for name in unseen if name in getattr(self, kind)]
+        before = [scores[name].clone() for scores, name in kept]
+        for parameter in unseen.values():
+            parameter.grad = torch.zeros_like(parameter)
+        super().update_ipt(model)
+        for parameter in unseen.values():
+            parameter.grad = None
+        for (scores, name), score in zip(kept, before, strict=True):
+            scores[name] = score

@@ -2,25 +2,55 @@
 
 from __future__ import annotations
 
+import re
+
 from eke.seams.anatomy import Anatomy, AnatomyError, anatomy
 from eke.seams.blocks import BlocksError, find_all_blocks
 from eke.seams.layers import LINEAR
 from eke.seams.linear import linear_maps
-from eke.seams.names import match
+from eke.seams.names import match, plain
+from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from eke_peft.errors import PEFTError
 
+ALL = "all-linear"  # peft's word
+_MAMBA, _PASSED_BY = re.compile("mamba|falcon_h1|nemotron_h"), ("out_proj", "conv1d")
 
-def named(host: nn.Module, targets: list[str]) -> list[str]:
-    """The layers that patterns meet, of those that a method could act on.
+
+def named(host: nn.Module, targets: list[str], paths: str | list[str] | None = None) -> list[str]:
+    """The layers that patterns meet, of those that a method could act on; with ``["all-linear"]`` those of
+    :func:`linear_layers`.
 
     Raises:
         NamesError: a pattern that meets none.
     """
-    return match(_layers(host, ""), targets, "targets")
+    return linear_layers(host, paths) if list(targets) == [ALL] else match(_layers(host, ""), targets, "targets")
+
+
+def usual_layers(host: nn.Module, config: PeftConfig, paths: str | list[str] | None = None) -> list[str]:
+    """Names of the layers that peft itself takes for a method in this architecture, such as queries and values; where
+    it knows none, the linear layers inside the repeated blocks.
+
+    Raises:
+        PEFTError: the blocks are not to be found, or hold none.
+    """
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+    known = getattr(tuner, "target_module_mapping", None) or {}
+    usual = known.get(getattr(getattr(host, "config", None), "model_type", None))
+    if not usual:
+        return linear_layers(host, paths)
+    names = [plain(name) for name in _layers(host, "")]
+    if isinstance(usual, str):
+        found = [name for name in names if re.fullmatch(usual, name)]
+    else:
+        found = [name for name in names if any(f".{name}".endswith(f".{one}") for one in usual)]
+    if paths is not None:
+        inside = tuple(f"{plain(path)}." for path in _blocks(host, paths))
+        found = [name for name in found if name.startswith(inside)]
+    return found or linear_layers(host, paths)  # other names, in another version of transformers
 
 
 def _layers(part: nn.Module, path: str) -> list[str]:
@@ -33,17 +63,18 @@ def _layers(part: nn.Module, path: str) -> list[str]:
 
 def linear_layers(host: nn.Module, paths: str | list[str] | None = None) -> list[str]:
     """Names of the linear layers inside the repeated blocks, of an encoder and a decoder alike, but for those inside of
-    ``nn.MultiheadAttention``, which computes with their weights alone.
+    ``nn.MultiheadAttention``, and those of Mamba whose weights its kernels take: nobody calls them.
 
     Raises:
         PEFTError: the blocks are not to be found, or hold none.
     """
+    mamba = _MAMBA.search(getattr(getattr(host, "config", None), "model_type", None) or "")
     found = {path: linear_maps(block) for path, block in _blocks(host, paths).items()}
     names = [
         f"{path}.{one.path}" if one.path else path
         for path, maps in found.items()
         for one in maps
-        if type(one.module).__name__ in LINEAR
+        if type(one.module).__name__ in LINEAR and not (mamba and one.path.endswith(_PASSED_BY))
     ]
     if not names:
         raise PEFTError(f"the blocks, {next(iter(found))!r} and on, hold no linear layers. Name targets=[...].")
