@@ -9,17 +9,16 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Sequence
-from math import ceil, isfinite
+from math import ceil
 from typing import Any, ClassVar, Literal
 
 import torch
 from eke import Run, Technique, TechniqueCallback, compat
 from eke.seams import growth, interceptor
-from eke.seams.blocks import Blocks, find_blocks
+from eke.seams.blocks import Blocks, find_all_blocks
 from eke.seams.names import plain
 from eke.seams.optimizer import transplant
 from eke.seams.wrapped import forget_state
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
@@ -49,7 +48,8 @@ class Stacking(TechniqueCallback):
             and their weights are freed.
         optimizer_state: ``"copy"``: a new block takes its source's optimizer state too. ``"reset_new"``: it starts
             without. ``"reset_all"``: all start without, as in the paper's script.
-        blocks: Dotted path of the list of blocks. Needed where a model has more than one.
+        blocks: Dotted paths of lists of blocks, one or several, which grow together. By default all of the model: of
+            an encoder and a decoder, of two towers, of each stage. ``depths`` are those of each.
 
     Raises:
         ValueError: stages or depths that do not rise, or a word that is not listed above.
@@ -58,7 +58,7 @@ class Stacking(TechniqueCallback):
 
     technique: ClassVar[Technique] = RECORD
 
-    _container: weakref.ref[nn.Module] | None = None
+    _containers: tuple[weakref.ref[nn.Module], ...] = ()
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Stacking(TechniqueCallback):
         operator: Literal["stack", "interleave", "identity", "random"] = "stack",
         form: Literal["dormant", "growth"] = "dormant",
         optimizer_state: Literal["copy", "reset_new", "reset_all"] = "copy",
-        blocks: str | None = None,
+        blocks: str | Sequence[str] | None = None,
     ) -> None:
         stages = _times(stages)
         _check_depths(depths, stages)
@@ -88,7 +88,8 @@ class Stacking(TechniqueCallback):
         self.blocks = blocks
         self.active: list[int] | None = None  # which blocks run, counted in the full model
         self.steps: list[int] | None = None  # optimizer steps of the growths
-        self._path: str | None = None
+        self._paths: list[str] | None = None
+        self._spans: list[range] = []  # where the blocks of each list are among all
         self._plan: list[list[int]] = []  # which blocks run before, between and after the growths
         self._next: tuple[int, list[int]] | None = None  # step of the next growth, and which blocks run from then on
         self._saved_steps: list[int] | None = None
@@ -96,8 +97,9 @@ class Stacking(TechniqueCallback):
         self._fitting = False
 
     def check(self, run: Run) -> None:
-        trainer = run.trainer
-        self._fitting = trainer.state.fn == "fit"
+        self._fitting = run.fitting
+        if run.fitting and not isinstance(self.stages[0], int):
+            run.until(self.stages[-1], "stages")  # shares go by the length of the run
 
     def alter_model(self, run: Run) -> None:
         pl_module = run.module
@@ -105,23 +107,23 @@ class Stacking(TechniqueCallback):
             self.active = None
             if not self._fitting:
                 return  # an evaluated model has the depth that its checkpoint says, or all of it
-            self._meet(find_blocks(pl_module, self.blocks))
+            self._meet(find_all_blocks(pl_module, self.blocks))
         if self._fitting:
-            self._plan = operators.positions(self._depths(), self.operator)
-            self._refuse(find_blocks(pl_module, self._path))
+            plans = [operators.positions(self._depths(len(span)), self.operator) for span in self._spans]
+            self._plan = [
+                [span[i] for span, own in zip(self._spans, stage, strict=True) for i in own]
+                for stage in zip(*plans, strict=True)
+            ]
+            self._refuse(find_all_blocks(pl_module, self._paths))
+        run.at_end(lambda: interceptor.detach(self._full, RECORD.name))
+        run.at_end(lambda: compat.leave_out_of_ddp(pl_module, []))
         self._apply(pl_module, self.active or self._plan[0])
-
-    def end_run(self, run: Run) -> None:
-        pl_module = run.module
-        if self._full:
-            interceptor.detach(self._full, RECORD.name)
-        compat.leave_out_of_ddp(pl_module, [])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(self.stages[0], int):
             self.steps = self.stages
         else:
-            self.steps = self._saved_steps or self._steps_of(trainer.estimated_stepping_batches)
+            self.steps = self._saved_steps or [ceil(stage * self.run.length) for stage in self.stages]
         self._saved_steps = None
         self._next = self._due()
 
@@ -147,22 +149,24 @@ class Stacking(TechniqueCallback):
 
     def trim(self, pl_module: LightningModule) -> None:
         """Take blocks that were never reached out of the model, in place, for export before the last growth."""
-        found = find_blocks(pl_module, self._path or self.blocks)
-        if self.active is not None and len(found) == len(self._full):
-            operators.trim(found, self.active)
+        lists = find_all_blocks(pl_module, self._paths or self.blocks)
+        if self.active is not None and sum(map(len, lists)) == len(self._full):
+            for found, span in zip(lists, self._spans, strict=True):
+                operators.trim(found, [i - span.start for i in span if i in self.active])
 
     def manifest(self) -> dict[str, Any] | None:
         if self.active is None:
             return None
         if len(self.active) == len(self._full):
             return {}  # nothing to rebuild: loads without Stacking as well
-        return {"form": self.form, "path": self._path, "active": self.active, "depth": len(self._full)}
+        path = self._paths[0] if len(self._paths) == 1 else self._paths
+        return {"form": self.form, "path": path, "active": self.active, "depth": len(self._full)}
 
     def shape_from(self, manifest: dict[str, Any], pl_module: LightningModule) -> None:
         if not self._knows(pl_module):
             if not manifest:
                 return
-            self._meet(find_blocks(pl_module, manifest["path"]))
+            self._meet(find_all_blocks(pl_module, manifest["path"]))
         if manifest and manifest["depth"] != len(self._full):
             raise ValueError(
                 f"the checkpoint is of a model with {manifest['depth']} blocks; this has {len(self._full)}."
@@ -184,50 +188,61 @@ class Stacking(TechniqueCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy begins without a model; the blocks themselves go with the model.
-        return {**super().__getstate__(), "_full": [], "_container": None}
+        return {**super().__getstate__(), "_full": [], "_containers": ()}
 
     def _knows(self, pl_module: LightningModule) -> bool:
         """Whether this is the model whose blocks it holds."""
-        container = self._container() if self._container is not None else None
-        return container is not None and any(module is container for module in pl_module.modules())
+        here = {id(module) for module in pl_module.modules()}
+        return bool(self._containers) and all(id(container()) in here for container in self._containers)
 
-    def _meet(self, found: Blocks) -> None:
-        self._container, self._full, self._path = weakref.ref(found.container), list(found.modules), plain(found.path)
+    def _meet(self, lists: list[Blocks]) -> None:
+        self._containers = tuple(weakref.ref(found.container) for found in lists)
+        self._paths = [plain(found.path) for found in lists]
+        self._full, self._spans = [], []
+        for found in lists:
+            self._spans.append(range(len(self._full), len(self._full) + len(found)))
+            self._full += found.modules
 
-    def _steps_of(self, total: float) -> list[int]:
-        if not isfinite(total):
-            raise MisconfigurationException(
-                f"stages={self.stages} are shares of a run whose length is not known. Give stages in optimizer steps, "
-                "or Trainer(max_steps=...)."
-            )
-        return [ceil(stage * total) for stage in self.stages]
-
-    def _depths(self) -> list[int]:
-        full = len(self._full)
+    def _depths(self, full: int) -> list[int]:
+        beside = (
+            ""
+            if len(self._paths) == 1
+            else f" Or name the lists that grow: blocks={self._paths[:1]}; the model has {', '.join(self._paths)}."
+        )
         if self.depths is not None:
             if self.depths[-1] >= full:
-                raise ValueError(f"depths={self.depths} leave nothing to grow to: the model has {full} blocks.")
+                raise ValueError(f"depths={self.depths} leave nothing to grow to: the model has {full} blocks.{beside}")
             return [*self.depths, full]
         times = 2 ** len(self.stages)
         if full % times:
             raise ValueError(
                 f"The model's {full} blocks cannot be halved {len(self.stages)} times. Give depths=, such as "
-                f"depths={[max(1, full >> i) for i in range(len(self.stages), 0, -1)]}, or other stages."
+                f"depths={[max(1, full >> i) for i in range(len(self.stages), 0, -1)]}, or other stages.{beside}"
             )
         return [full >> i for i in range(len(self.stages), -1, -1)]
 
-    def _refuse(self, found: Blocks) -> None:
-        if found.shared:
-            raise ValueError(
-                f"The blocks at {found.path!r} share {found.shared[0]!r}: one cannot be trained without the other. "
-                "Stacking needs blocks with weights of their own."
-            )
-        if not found.alike:
-            raise ValueError(f"The blocks at {found.path!r} differ in class or shape: none can be copied to another.")
+    def _refuse(self, lists: list[Blocks]) -> None:
+        for found in lists:
+            if found.shared:
+                raise ValueError(
+                    f"The blocks at {found.path!r} share {found.shared[0]!r}: one cannot be trained without the other. "
+                    "Stacking needs blocks with weights of their own."
+                )
+            if not operators.copyable(found):
+                raise ValueError(
+                    f"The blocks at {found.path!r} differ in class or shape: none can be copied to another."
+                )
+            if self.operator == "identity":
+                operators.check_identity(found[-1])
         for old, new in zip(self._plan, self._plan[1:], strict=False):
-            operators.check_kinds(self._full, operators.sources(old, new, self.operator))
-        if self.operator == "identity":
-            operators.check_identity(found[0])
+            operators.check_kinds(self._full, self._sources(old, new))
+
+    def _sources(self, old: Sequence[int], new: Sequence[int]) -> dict[int, int]:
+        """New blocks to what they are copied from, each within its own list."""
+        found = {}
+        for span in self._spans:
+            found |= operators.sources([i for i in old if i in span], [i for i in new if i in span], self.operator)
+        return found
 
     def _due(self) -> tuple[int, list[int]] | None:
         """The next growth: its step, and which blocks run then."""
@@ -235,7 +250,7 @@ class Stacking(TechniqueCallback):
         return later[0] if later else None
 
     def _grow(self, trainer: Trainer, pl_module: LightningModule, active: list[int]) -> None:
-        old, sources = self.active, operators.sources(self.active, active, self.operator)
+        old, sources = self.active, self._sources(self.active, active)
         if self.form == "growth":
             self._apply(pl_module, active)
         origin = operators.copy_blocks(self._full, sources, identity=self.operator == "identity")
@@ -258,12 +273,15 @@ class Stacking(TechniqueCallback):
         if self.form == "growth":
             for block in dormant:
                 _free(block)
-            trained = next(block for block in self._full if not _is_free(block))
-            for i in active:
-                _materialize(self._full[i], trained)
-            operators.replace_modules(self._container(), [self._full[i] for i in active])
+            for span, container in zip(self._spans, self._containers, strict=True):
+                trained = next(self._full[i] for i in span if not _is_free(self._full[i]))
+                now = [self._full[i] for i in active if i in span]
+                for block in now:
+                    _materialize(block, trained)
+                operators.replace_modules(container(), now)
         else:
-            interceptor.attach(self._full, RECORD.name)
+            for span in self._spans:  # each list has a form of its own
+                interceptor.attach(self._full[span.start : span.stop], RECORD.name)
             for i, block in enumerate(self._full):
                 interceptor.put(block, RECORD.name, *([] if i in active else [interceptor.Skip()]))
             compat.leave_out_of_ddp(pl_module, dormant)
@@ -283,7 +301,7 @@ def _materialize(block: nn.Module, like: nn.Module) -> None:
     """Give a freed block weights again, without values, where and as the block ``like`` has them."""
     if not _is_free(block):
         return
-    pairs = zip(block.parameters(), like.parameters(), strict=True)
+    pairs = operators.pairs(block, like)
     _exchange(block, {p: nn.Parameter(torch.empty_like(other), other.requires_grad) for p, other in pairs})
     buffers = dict(like.named_buffers())
     for name, buffer in block.named_buffers():

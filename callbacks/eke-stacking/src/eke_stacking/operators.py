@@ -8,12 +8,13 @@ LLaMA Pro).
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 
 import torch
 from eke.seams.anatomy import AnatomyError, Map, anatomy, attention_sites
 from eke.seams.blocks import Blocks
-from eke.seams.names import at
+from eke.seams.names import at, plain, plain_keys
 from torch import Tensor, nn
 
 OPERATORS = ("stack", "interleave", "identity", "random")
@@ -46,6 +47,24 @@ def sources(old: Sequence[int], new: Sequence[int], operator: str) -> dict[int, 
     return {j: old[place % len(old)] for place, j in enumerate(new) if j not in old}
 
 
+def pairs(block: nn.Module, like: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """Each parameter of a block beside its namesake in another, which may hold more."""
+    others = plain_keys(dict(like.named_parameters(remove_duplicate=False)))
+    return [(one, others[plain(name)]) for name, one in block.named_parameters()]
+
+
+def copyable(found: Blocks) -> bool:
+    """Whether each block can be copied to those above it: all are alike, but for the first, which may hold more, as
+    T5's holds the positions of all."""
+    shapes = [
+        {plain(name): (one.shape, one.dtype) for name, one in block.named_parameters(remove_duplicate=False)}
+        for block in found
+    ]
+    first = shapes[0]
+    classes = {type(at(block, "")).__qualname__ for block in found}
+    return len(classes) == 1 and all(one == shapes[-1] for one in shapes[1:]) and shapes[-1].items() <= first.items()
+
+
 @torch.no_grad()
 def copy_blocks(
     blocks: Sequence[nn.Module], sources: Mapping[int, int], identity: bool = False
@@ -66,8 +85,7 @@ def copy_blocks(
     """
     origin: dict[Tensor, Tensor] = {}
     for target, source in sources.items():
-        pairs = zip(blocks[target].parameters(), blocks[source].parameters(), strict=True)
-        origin.update(dict(pairs))  # a parameter tied within its block is met once
+        origin.update(dict(pairs(blocks[target], blocks[source])))  # a parameter tied within its block is met once
         buffers = dict(blocks[source].named_buffers())
         for name, buffer in blocks[target].named_buffers():
             if name.rpartition(".")[2] in _STATISTICS:
@@ -126,7 +144,12 @@ def check_identity(block: nn.Module) -> None:
     # Not drawn: a check leaves the random state alone.
     hidden = torch.linspace(-2, 3, 4 * output.outputs, **like).view(1, 4, -1)
     turns = torch.ones(1, 4, attention_sites(trial)[0].size, **like)
-    for side in ({}, {"position_embeddings": (turns, 0 * turns)}):
+    needed = {
+        name: None
+        for name, one in list(inspect.signature(trial.forward).parameters.items())[1:]
+        if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD  # such as a mask
+    }
+    for side in (needed, {**needed, "position_embeddings": (turns, 0 * turns)}):
         try:
             output = trial(hidden, **side)
         except Exception:  # whatever a block raises that needs more inputs than we can know
