@@ -10,7 +10,7 @@ from eke.seams import interceptor
 from eke.strategies import StrategyError
 from eke.testing import LAYERS, TinyBlocks, fit
 from eke_layer_drop import LayerDrop, keep_probabilities, theta
-from eke_layer_drop.callback import Rescale, Skip
+from eke_layer_drop.callback import Rescale, SkipFirst
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
@@ -51,7 +51,7 @@ def test_the_expected_output_is_that_of_the_block_by_enumeration():
         whole = block(x)
         expected = torch.zeros_like(x)
         for run in (True, False):
-            interceptor.put(block, "test", Rescale(chance) if run else Skip())
+            interceptor.put(block, "test", Rescale(chance) if run else interceptor.Skip())
             expected += (chance if run else 1 - chance) * block(x)
         torch.testing.assert_close(expected, whole, rtol=0, atol=1e-6)  # the difference is taken in float32
 
@@ -74,7 +74,7 @@ def test_linear_blocks_have_the_expected_output_of_the_whole_stack():
     for runs in product((True, False), repeat=3):
         weight = 1.0
         for block, run, chance in zip(blocks, runs, chances, strict=True):
-            interceptor.put(block, "test", Rescale(chance) if run else Skip())
+            interceptor.put(block, "test", Rescale(chance) if run else interceptor.Skip())
             weight *= chance if run else 1 - chance
         expected += weight * blocks(x)
     torch.testing.assert_close(expected, whole)
@@ -136,7 +136,7 @@ def test_a_step_costs_the_flops_of_the_blocks_that_run():
     def flops(skipped):
         interceptor.attach(model.blocks, "test")
         for number, block in enumerate(model.blocks):
-            interceptor.put(block, "test", *([Skip()] if number in skipped else []))
+            interceptor.put(block, "test", *([interceptor.Skip()] if number in skipped else []))
         with FlopCounterMode(display=False) as counter:
             model.loss(batch).backward()
         return counter.get_total_flops()
@@ -149,7 +149,7 @@ def test_a_step_costs_the_flops_of_the_blocks_that_run():
 def test_the_first_block_of_a_run_may_be_skipped_without_a_draw_of_the_global_numbers():
     model = TinyBlocks(dropout=0.5)
     interceptor.attach(model.blocks, "test")
-    interceptor.put(model.blocks[0], "test", Skip())
+    interceptor.put(model.blocks[0], "test", SkipFirst())
     batch = next(iter(model.train_dataloader()))
     torch.manual_seed(0)
     first = model.loss(batch)

@@ -187,7 +187,7 @@ def test_what_a_block_hands_on_reaches_the_next_one_whole():
     assert none is None
     assert hidden.sum() == 2 * 4 * 3
     assert block(torch.zeros(2, 8, 3), position_bias=bias)[1] is bias
-    with pytest.raises(eke.EkeError, match="a skipped block has no cache"):  # one that it made for 4 of 8 tokens
+    with pytest.raises(eke.EkeError, match="nor run on a part of its tokens"):  # one that it made for 4 of 8 tokens
         block(torch.zeros(2, 8, 3))
 
 
@@ -385,3 +385,12 @@ def test_models_that_it_cannot_serve_are_refused_before_the_first_step():
 def test_windows_of_an_image_are_refused():
     with pytest.raises(RuntimeError, match=r"hidden states of shape \(2, 4, 4, 8\) and needs \(batch, length, width\)"):
         Choose(0.0, 0.5, 1, 0)(torch.zeros(2, 4, 4, 8))
+
+
+def test_swin_is_refused_by_its_relative_positions_before_the_first_step():
+    swin = pytest.importorskip("transformers").SwinModel
+    config = swin.config_class(image_size=32, patch_size=4, embed_dim=8, depths=[3, 2], num_heads=[2, 2], window_size=4)
+    module, technique = LightningModule(), RandomLTD()
+    module.net = swin(config)
+    with pytest.raises(RandomLTDError, match=r"hold relative positions \(.*serves blocks without; leave it out here"):
+        technique.alter_model(eke.Run(technique, None, module))

@@ -3,8 +3,10 @@
 import eke
 import pytest
 import torch
+from eke.seams import interceptor
 from eke.seams.anatomy import attention_sites
-from eke.testing import TinyBlocks, TinyViT, fit, hugging_face
+from eke.seams.patches import PatchesError, find_patches
+from eke.testing import TinyBlocks, TinyViT, fit, hugging_face, shapes
 from eke.testing.data import Images
 from eke_token_merge import TokenMerge, match, merge
 from eke_token_merge.callback import Watch
@@ -224,3 +226,72 @@ class Block(type(TinyViT().blocks[0])):
 def test_wrong_arguments_are_refused_at_once(arguments, said):
     with pytest.raises(ValueError, match=said):
         TokenMerge(**arguments)
+
+
+# Several lists of blocks
+
+
+class Towers(LightningModule):
+    """Images in two towers of other patch sizes, and words."""
+
+    def __init__(self):
+        super().__init__()
+        self.coarse, self.fine, self.text = shapes.TimmViT(), shapes.TimmViT(), shapes.Flat()
+        self.fine.patch_embed = nn.Conv2d(3, 16, 4, 4)
+        self.fine.pos_embed = nn.Parameter(torch.zeros(1, 16, 16))
+
+
+def test_of_an_image_and_a_text_tower_the_image_s_patches_are_joined():
+    class Clip(LightningModule):
+        dataset = Images
+
+        def __init__(self):
+            super().__init__()
+            self.net = shapes.SHAPES["clip"]().model
+
+        def training_step(self, batch, batch_idx):
+            images = batch[0].repeat(1, 3 // batch[0].shape[1], 1, 1)
+            images = nn.functional.interpolate(images, (16, 16))
+            words = torch.arange(len(images) * 6).view(len(images), 6) % 13 + 2
+            return self.net(input_ids=words, pixel_values=images).logits_per_image.square().mean()
+
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(Images(8), batch_size=4)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    seen, read = Seen("net.vision_model.encoder.layers"), Seen("net.text_model.encoder.layers")
+    fit(Clip(), TokenMerge(1), epochs=1, callbacks=[seen, read])
+    patches = find_patches(Clip()).grid(torch.zeros(1, 3, 16, 16))
+    first = 1 + patches[0] * patches[1]
+    assert seen.trained[:3] == [first, first - 1, first - 2]
+    assert set(read.trained) == {6}
+
+
+def test_each_of_two_towers_of_images_counts_its_own_patches():
+    model, technique = Towers(), TokenMerge(1)
+    run = eke.Run(technique, None, model)
+    technique._run = run
+    technique.alter_model(run)
+    technique._switch(True)
+    lengths = {"coarse": [], "fine": []}
+    for name, seen in lengths.items():
+        for block in getattr(model, name).blocks:
+            block.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].shape[1]))
+    images = torch.randn(2, 3, 16, 16)
+    model.coarse(images)
+    model.fine(images)
+    model.coarse(images)
+    assert lengths == {"fine": [16, 15, 14], "coarse": [4, 3, 2] * 2}
+    run.close()
+    assert not any(isinstance(part, interceptor.InterceptedBlock) for part in model.modules())
+
+
+def test_a_model_of_texts_is_told_what_serves_texts_and_a_path_asks_for_one_tower():
+    with pytest.raises(PatchesError, match="TokenMerge joins patches of images. On texts, eke-random-ltd"):
+        fit(TinyBlocks(), TokenMerge(2))
+    technique = TokenMerge(1, blocks="coarse.blocks")
+    technique.alter_model(run := eke.Run(technique, None, model := Towers()))
+    assert technique._blocks.now() == list(model.coarse.blocks)
+    run.close()

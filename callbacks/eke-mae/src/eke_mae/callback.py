@@ -138,7 +138,14 @@ class MAE(TechniqueCallback):
                 f"{type(pl_module).__name__} has relative positions ({pairs[0]}), for all patches in their places. MAE "
                 "serves encoders that add positions to their patches and attend to all of them."
             )
-        found = one_of(pl_module, image_blocks(pl_module, self.blocks))
+        try:
+            found = one_of(pl_module, image_blocks(pl_module, self.blocks))
+        except PatchesError as error:
+            if any(isinstance(part, nn.Embedding) for part in pl_module.modules()):
+                raise PatchesError(
+                    f"{error} MAE hides patches of images. On texts, eke-masked-lm hides words."
+                ) from None
+            raise
         embedding = find_patches(pl_module, found.path)
         if embedding.stem or len(embedding.patch) != 2:
             raise PatchesError(

@@ -14,6 +14,7 @@ import torch
 from eke import EkeError, Run, Technique, TechniqueCallback, in_run
 from eke.seams import interceptor
 from eke.seams.blocks import find_all_blocks, find_attention
+from eke.seams.patches import relative_positions
 from eke.seams.progress import Until
 from eke.seams.step import fails_too
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -122,7 +123,7 @@ class RandomLTD(TechniqueCallback):
     """
 
     technique: ClassVar[Technique] = RECORD
-    _middle: list[interceptor.InterceptedBlocks] = in_run(list)
+    _middle: interceptor.InterceptedBlocks | None = in_run(None)
     _until: Until | None = in_run(None)
     _choices: list[Choose] = in_run(list)
 
@@ -156,32 +157,35 @@ class RandomLTD(TechniqueCallback):
                 "RandomLTD needs three or more."
             )
         for one in served:
+            if pairs := relative_positions(one.container):
+                raise RandomLTDError(
+                    f"The blocks at {one.path!r} hold relative positions ({pairs[0]}), for all tokens in their places, "
+                    "and cannot leave some out. RandomLTD serves blocks without; leave it out here."
+                )
             for attention in find_attention(one[1]):
                 if attention.kind == "torch" and not attention.module.batch_first:
                     raise RandomLTDError(
                         f"{one.path}: the attention has the batch second. RandomLTD draws tokens for each sample and "
                         "needs nn.MultiheadAttention(batch_first=True)."
                     )
-        self._middle = [run.blocks(one.path, slice(1, -1)) for one in served]
+        self._middle = run.blocks(served, slice(1, -1))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._choices = []
         if self.start == 1 or self._until.reached:
             return
         seed = self.run.seed() * 4096 + self.run.rank
-        for blocks in self._middle:
-            for block in blocks.now():
-                choose = Choose(self._until.done, self.start, self.multiple, seed + 64 * len(self._choices))
-                blocks.put(block, interceptor.Select(choose, Side(block, choose)))
-                self._choices.append(choose)
+        for block in self._middle.now():
+            choose = Choose(self._until.done, self.start, self.multiple, seed + 64 * len(self._choices))
+            self._middle.put(block, interceptor.Select(choose, Side(block, choose)))
+            self._choices.append(choose)
 
     def around_step(self, run: Run, call_next: Any, batch: Any, *args: Any) -> Any:
         try:
             return call_next(batch, *args)
         except (RuntimeError, ValueError) as error:
             cut = any(choose.cut for choose in self._choices)
-            for blocks in self._middle:
-                blocks.clear()
+            self._middle.clear()
             if not cut or isinstance(error, (EkeError, torch.OutOfMemoryError)) or fails_too(call_next, batch, *args):
                 raise  # not of our making
             said = str(error).rstrip(".")
@@ -194,8 +198,8 @@ class RandomLTD(TechniqueCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        for blocks in self._middle if self._choices else ():  # validation sees all tokens everywhere
-            blocks.clear()
+        if self._choices:  # validation sees all tokens everywhere
+            self._middle.clear()
 
     def step_kind(self) -> str:
         return f"{self._choices[0].count or 'all'} tokens in the middle" if self._choices else "all tokens"

@@ -15,12 +15,11 @@ import torch
 from eke import EkeError, Run, Technique, TechniqueCallback, in_run
 from eke.seams import interceptor
 from eke.seams.batch import tensors
-from eke.seams.blocks import Blocks, find_blocks
-from eke.seams.patches import PatchEmbedding, PatchesError, find_patches, image_blocks, relative_positions
+from eke.seams.patches import PatchesError, find_patches, patch_blocks, relative_positions
 from eke.seams.step import fails_too
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from eke_token_drop.entry import RECORD
 
@@ -48,6 +47,9 @@ def choose(batch: int, patches: int, count: int, prefix: int, seed: int, device:
 
 class TokenDropError(EkeError, MisconfigurationException, ValueError, RuntimeError):
     """An argument, a model or a run with which patches cannot be left out."""
+
+
+_ON_TEXTS = "TokenDrop leaves out patches of images. On texts, eke-random-ltd leaves tokens out of the middle blocks."
 
 
 class TokenDrop(TechniqueCallback):
@@ -101,42 +103,23 @@ class TokenDrop(TechniqueCallback):
 
     def alter_model(self, run: Run) -> None:
         pl_module = run.module
-        entrances = [Entrance(found) for found in self._lists(pl_module)]
-        for one in entrances:
-            if pairs := relative_positions(one.blocks.container):
+        for found in patch_blocks(pl_module, self.blocks, self.prefix, "TokenDrop", _ON_TEXTS):
+            if pairs := relative_positions(found.container):
                 raise TokenDropError(
-                    f"The blocks at {one.blocks.path!r} hold relative positions ({pairs[0]}), for all tokens in their "
+                    f"The blocks at {found.path!r} hold relative positions ({pairs[0]}), for all tokens in their "
                     "places: patches cannot be left out. TokenDrop serves blocks without, such as ViT's."
                 )
+            entrance = Entrance(run.blocks([found], slice(1)))
             if self.prefix is None:
                 try:
-                    one.count_patches(find_patches(pl_module, one.blocks.path))
+                    embedding = find_patches(pl_module, found.path)
                 except PatchesError as error:
-                    for other in entrances:
-                        other.close()
                     raise PatchesError(
                         f"{error} Say how many tokens precede the patches: TokenDrop(prefix=1)."
                     ) from None
-        self._entrances = entrances
-
-    def _lists(self, module: LightningModule) -> list[Blocks]:
-        """The lists of blocks that see patches."""
-        try:
-            return image_blocks(module, self.blocks)
-        except PatchesError as error:
-            if self.prefix is not None:
-                return [find_blocks(module)]  # which cuts images in a way of its own
-            if any(isinstance(part, nn.Embedding) for part in module.modules()):
-                raise PatchesError(
-                    f"{error} TokenDrop leaves out patches of images. On texts, eke-random-ltd leaves tokens out of "
-                    "the middle blocks."
-                ) from None
-            raise PatchesError(f"{error} Say how many tokens precede the patches: TokenDrop(prefix=1).") from None
-
-    def end_run(self, run: Run) -> None:
-        for one in self._entrances:
-            one.close()
-        self._entrances = []
+                # The convolution tells, batch by batch, how many there are.
+                run.at_end(embedding.module.register_forward_hook(partial(_count, entrance.cut)).remove)
+            self._entrances.append(entrance)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         keep = keep_at(self.progress.share, self.drop, self.tail, self.schedule)
@@ -145,14 +128,11 @@ class TokenDrop(TechniqueCallback):
             return
         if self.prefix is not None and not any(one.is_floating_point() and one.ndim > 2 for one in tensors(batch)):
             shapes = ", ".join(str(tuple(one.shape)) for one in tensors(batch))
-            raise TokenDropError(
-                f"The batch holds no images but tensors of {shapes or 'no shape'}. TokenDrop leaves out patches of "
-                "images. On texts, eke-random-ltd leaves tokens out of the middle blocks."
-            )
+            raise TokenDropError(f"The batch holds no images but tensors of {shapes or 'no shape'}. {_ON_TEXTS}")
         seed = self.run.seed(per_rank=True)
         for number, one in enumerate(self._entrances):
             leave = LeaveOut(keep, seed + 1024 * number, self.prefix, one.cut)
-            interceptor.put(one.first(), RECORD.name, leave)
+            one.first.put(one.first.now()[0], leave)
             self._leave.append(leave)
 
     def around_step(self, run: Run, call_next: Any, batch: Any, *args: Any) -> Any:
@@ -180,41 +160,18 @@ class TokenDrop(TechniqueCallback):
     def _clear(self) -> None:
         """All patches pass again."""
         for one in self._entrances:
-            interceptor.put(one.held, RECORD.name)
+            one.first.clear()
 
     def step_kind(self) -> str:
         return f"{self._leave[0].left} patches" if self._leave else "all patches"
 
 
 class Entrance:
-    """The first block of a list, and how many patches come to it."""
+    """The first block of a list, whichever it is at the moment, and how many patches come to it."""
 
-    def __init__(self, blocks: Blocks) -> None:
-        self.blocks = blocks
+    def __init__(self, first: interceptor.InterceptedBlocks) -> None:
+        self.first = first
         self.cut: dict[str, int] = {}  # patches that the convolution has made in this batch
-        self.held: Any = None
-        self._hook: Any = None
-
-    def count_patches(self, embedding: PatchEmbedding) -> None:
-        """Learn from the convolution, batch by batch, how many there are."""
-        self._hook = embedding.module.register_forward_hook(partial(_count, self.cut))
-
-    def first(self) -> Any:
-        """The first block of the moment: another technique may have put one in front."""
-        now = next(iter(self.blocks.container))
-        if now is not self.held:
-            if self.held is not None:
-                interceptor.detach([self.held], RECORD.name)
-            interceptor.attach([now], RECORD.name)
-            self.held = now
-        return now
-
-    def close(self) -> None:
-        if self.held is not None:
-            interceptor.detach([self.held], RECORD.name)
-        if self._hook is not None:
-            self._hook.remove()
-        self.held = self._hook = None
 
 
 class LeaveOut:

@@ -6,6 +6,7 @@ https://arxiv.org/abs/2210.09461, section 3. Survey section 2.2.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,8 +14,7 @@ import torch
 from eke import Run, Technique, TechniqueCallback, in_run
 from eke.seams import interceptor
 from eke.seams.anatomy import AttentionSite, attention_sites
-from eke.seams.blocks import Blocks, find_blocks
-from eke.seams.patches import PatchesError, find_patches, relative_positions
+from eke.seams.patches import PatchesError, find_patches, patch_blocks, relative_positions
 from eke.seams.sdpa import Call, Catch, sdpa
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
@@ -84,18 +84,19 @@ class TokenMerge(TechniqueCallback):
         proportional: Add the logarithm of a token's size to the attention that it gets.
         evaluate: Merge in validation, testing and prediction, too. Otherwise they see all patches.
         prefix: Tokens of the model's own in front of the patches. By default found, see :mod:`eke.seams.patches`.
-        blocks: Dotted path of the list of blocks. Needed where a model has more than one.
+        blocks: Dotted paths of lists of blocks, one or several. By default those that see images: of an image and a
+            text tower, the image's.
 
     Raises:
-        ValueError: wrong numbers; no patch embedding, without ``prefix``; relative positions; blocks without attention.
+        ValueError: wrong numbers; no patch embedding, without ``prefix``; a model of texts; relative positions; blocks
+            without attention.
         MisconfigurationException: a run of unknown length with a tail; causal attention; attention that does not go
             through ``scaled_dot_product_attention``, with ``proportional``; compiled blocks; activation checkpointing.
     """
 
     technique: ClassVar[Technique] = RECORD
-    _found: Blocks | None = in_run(None)
-    _held: list[nn.Module] = in_run(list)
-    _state: dict[str, Any] = in_run(dict)
+    _blocks: interceptor.InterceptedBlocks | None = in_run(None)
+    _states: list[dict[str, Any]] = in_run(list)  # of each list in this batch
     _merges: bool = in_run(False)
 
     def __init__(
@@ -106,7 +107,7 @@ class TokenMerge(TechniqueCallback):
         proportional: bool = True,
         evaluate: bool = False,
         prefix: int | None = None,
-        blocks: str | None = None,
+        blocks: str | Sequence[str] | None = None,
     ) -> None:
         if count < 0 or count != int(count):
             raise ValueError(f"count={count}: give a number of patches that each block joins, 0 or more.")
@@ -119,33 +120,36 @@ class TokenMerge(TechniqueCallback):
 
     def check(self, run: Run) -> None:
         if run.fitting and self.tail > 0:
-            run.until(1 - self.tail, "tail")  # which goes by the length of the run
+            run.until(1.0, "tail")  # it goes by the length of the run
 
     def alter_model(self, run: Run) -> None:
-        pl_module = run.module
-        self._found = find_blocks(pl_module, self.blocks)
-        if pairs := relative_positions(self._found.container):
-            raise PatchesError(
-                f"The blocks at {self._found.path!r} hold relative positions ({pairs[0]}), for all tokens in their "
-                "places: none can be merged. TokenMerge serves blocks without, such as ViT's."
-            )
+        on_texts = (
+            "TokenMerge joins patches of images. On texts, eke-random-ltd leaves tokens out of the middle blocks."
+        )
+        lists = patch_blocks(run.module, self.blocks, self.prefix, "TokenMerge", on_texts)
+        for found in lists:
+            if pairs := relative_positions(found.container):
+                raise PatchesError(
+                    f"The blocks at {found.path!r} hold relative positions ({pairs[0]}), for all tokens in their "
+                    "places: none can be merged. TokenMerge serves blocks without, such as ViT's."
+                )
+            for block in found:
+                if not attention_sites(block):
+                    raise PatchesError(
+                        f"A {type(block).__name__} has no attention whose keys are to be found; TokenMerge compares "
+                        "them."
+                    )
+        self._states = [{} for _ in lists]
         if self.prefix is None:
             try:
-                embedding = find_patches(pl_module, self.blocks)
+                embeddings = [find_patches(run.module, found.path) for found in lists]
             except PatchesError as error:
                 raise PatchesError(f"{error} Say how many tokens precede the patches: TokenMerge(prefix=1).") from None
-            run.at_end(embedding.module.register_forward_hook(partial(_count, self._state)).remove)
-        for block in self._found:
-            if not attention_sites(block):
-                raise PatchesError(
-                    f"A {type(block).__name__} has no attention whose keys are to be found; TokenMerge compares them."
-                )
+            for embedding, state in zip(embeddings, self._states, strict=True):
+                run.at_end(embedding.module.register_forward_hook(partial(_count, state)).remove)
+        self._blocks = run.blocks(lists)
         if self.evaluate and not run.fitting:
             self._switch(True)
-
-    def end_run(self, run: Run) -> None:
-        self._switch(False)
-        interceptor.detach(self._held, RECORD.name)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         merges = self.count > 0 and (self.tail == 0 or self.progress.share < 1 - self.tail)
@@ -156,27 +160,20 @@ class TokenMerge(TechniqueCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._merges and not self.evaluate:
-            self._open()
+            self._blocks.clear()
 
     def step_kind(self) -> str:
-        return f"{self._state.get('left', 0)} patches at the end" if self._merges else "all patches"
+        left = ", ".join(str(state.get("left", 0)) for state in self._states)
+        return f"{left} patches at the end" if self._merges else "all patches"
 
     def _switch(self, merges: bool) -> None:
         self._merges = merges
         if not merges:
-            self._open()
+            self._blocks.clear()
             return
-        now = list(self._found.container)
-        if len(now) != len(self._held) or any(new is not old for new, old in zip(now, self._held, strict=True)):
-            interceptor.detach(self._held, RECORD.name)
-            interceptor.attach(now, RECORD.name)
-            self._held = now
-        for number, block in enumerate(now):
-            interceptor.put(block, RECORD.name, Merge(self, block, first=number == 0))
-
-    def _open(self) -> None:
-        for block in self._held:
-            interceptor.put(block, RECORD.name)
+        for blocks, state in zip(self._blocks.lists(), self._states, strict=True):
+            for number, block in enumerate(blocks):
+                self._blocks.put(block, Merge(self, state, block, first=number == 0))
 
 
 class Merge:
@@ -184,9 +181,9 @@ class Merge:
 
     priority = -1  # outside an action that skips the block
 
-    def __init__(self, owner: TokenMerge, block: nn.Module, first: bool) -> None:
+    def __init__(self, owner: TokenMerge, state: dict[str, Any], block: nn.Module, first: bool) -> None:
         self.count, self.proportional, self.prefix = owner.count, owner.proportional, owner.prefix
-        self.first, self.state = first, owner._state
+        self.first, self.state = first, state
         self.attention = attention_sites(block)[0]
         self.compiled = getattr(block, "_compiled_call_impl", None) is not None
         self.recomputed = getattr(block, "gradient_checkpointing", False)  # Hugging Face's

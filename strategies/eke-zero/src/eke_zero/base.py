@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from eke import EkeError, Technique, TechniqueStrategy, compat
-from eke.seams.blocks import BlocksError, find_blocks
+from eke.seams.blocks import BlocksError, find_all_blocks
 from eke.seams.recompute import Recomputing, recompute
 from eke.seams.state import rng_state, set_rng_state
 from eke.seams.wrapped import forget_state
@@ -116,16 +116,10 @@ class Engine(TechniqueStrategy, Strategy):
         Raises:
             ZeROError: none found, or two that share weights.
         """
-        paths = self.blocks if isinstance(self.blocks, list) else [self.blocks]
-        found = []
-        for path in paths:
-            try:
-                blocks = find_blocks(module, path)
-            except BlocksError as error:
-                raise ZeROError(
-                    f"{error} ZeRO takes them by path: blocks='model.layers', or a list of paths."
-                ) from None
-            found += blocks.modules
+        try:
+            found = [block for blocks in find_all_blocks(module, self.blocks) for block in blocks]
+        except BlocksError as error:
+            raise ZeROError(f"{error} ZeRO takes them by path: blocks='model.layers', or a list of paths.") from None
         users: dict[int, set[int]] = {}
         inside = {id(part) for unit in found for part in unit.modules()}
         outside = [part for part in module.modules() if id(part) not in inside]
