@@ -329,3 +329,11 @@ def test_the_end_of_a_path_or_a_pattern_will_do_and_several_have_to_be_told_apar
         find_blocks(model, "block")
     with pytest.raises(BlocksError, match=r"no module at 'encoder.layers'. Its lists are: 'net.encoder.block'"):
         find_all_blocks(model, ["encoder.layers"])
+
+
+def test_a_list_that_is_none_by_itself_is_advised_and_taken_where_it_is_named():
+    albert = nn.ModuleDict({"net": hugging_face("albert")})
+    with pytest.raises(BlocksError, match=r"say so: blocks='(.*albert_layers)'") as refused:
+        find_all_blocks(albert)
+    named = str(refused.value).rpartition("blocks='")[2].rstrip("'.")
+    assert [len(one) for one in find_all_blocks(albert, named)] == [1]

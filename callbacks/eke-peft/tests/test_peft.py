@@ -1102,9 +1102,9 @@ def test_adalora_leaves_the_scores_of_a_skipped_block_as_they_were(every):
 
 def test_an_adapter_larger_than_its_layer_is_regularized_by_the_size_of_its_product():
     """Of rank 24 beside layers of 16 features; by hand: the norm of P P' - 1 for each matrix."""
-    model, technique = Classifier(), PEFT("adalora", settings={**RANKS, "init_r": 24, "total_step": 4})
+    model, technique = Classifier(), PEFT("adalora", settings={**RANKS, "init_r": 24, "total_step": 8})
     tune(model, technique)
-    ranks = Ranks(model.model, peft.AdaLoraConfig(**{**RANKS, "init_r": 24}, total_step=4), "default")
+    ranks = Ranks(model.model, peft.AdaLoraConfig(**{**RANKS, "init_r": 24}, total_step=8), "default")
     matrices = [(name, p) for name, p in ranks._parameters() if "lora_E" not in name]
     for _, p in matrices:
         p.grad = torch.zeros_like(p)

@@ -338,7 +338,10 @@ def _chosen(lists: list[tuple[str, nn.Module]], where: str) -> list[tuple[str, n
     counts = Counter(_class(one[1][0]) for one in singles)
     chosen = [one for one in singles if counts[_class(one[1][0])] > 1]
     if not chosen:
-        raise BlocksError(f"{where} holds no list of two or more like blocks. {_found(lists)}")
+        likely = [one for one in filled if any(map(_holds_attention, one[1]))]
+        likely = max((one for one in likely if not _around(one, likely)), key=lambda one: len(one[1]), default=None)
+        advice = f" If {likely[0]!r} holds the blocks, say so: blocks={likely[0]!r}." if likely and likely[0] else ""
+        raise BlocksError(f"{where} holds no list of two or more like blocks. {_found(lists)}{advice}")
     return chosen
 
 
