@@ -72,8 +72,7 @@ class GradientCheck:
             else "The loss does not depend on them. If that is meant, freeze them: requires_grad_(False)."
         )
         rank_zero_warn(
-            f"{len(names)} parameters that the optimizer holds have had no gradient, and do not train: {shown}. "
-            f"{advice}",
+            f"Of what the optimizer holds this has had no gradient, and does not train: {shown}. {advice}",
             category=NoEffectWarning,
         )
 
