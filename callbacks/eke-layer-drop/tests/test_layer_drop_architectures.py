@@ -8,7 +8,7 @@ import torch
 from eke.seams import interceptor
 from eke.seams.blocks import find_all_blocks
 from eke_layer_drop import LayerDrop
-from eke_layer_drop.callback import Silent
+from eke_layer_drop.callback import Rescale, Silent
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -207,3 +207,21 @@ def test_where_all_that_trains_is_skipped_one_block_runs_and_adds_nothing(traine
     pl.Trainer(max_steps=12, accelerator="cpu", callbacks=[technique, Look()], **options).fit(model, batches)
     assert "0 of 3 blocks" not in kinds
     assert "1 of 3 blocks" in kinds
+
+
+def test_lists_that_are_named_are_the_ones_each_with_the_probabilities_of_its_own_places():
+    seen = {"encoder": [], "decoder": []}
+
+    class Look(Watched):
+        def training_step(self, batch, batch_idx):
+            for name, own in seen.items():
+                own += [one.chance for block in find_all_blocks(self.net, name)[0]
+                        for one in interceptor.actions(block) if isinstance(one, Rescale)]  # fmt: skip
+            return super().training_step(batch, batch_idx)
+
+    train(Look("bart"), LayerDrop(0.5, schedule="constant", blocks=["decoder.layers"]))
+    assert not seen["encoder"]
+    assert set(seen["decoder"]) == {0.75, 0.5}  # of two blocks
+    train(Look("bart"), LayerDrop(0.4, schedule="constant", blocks=["encoder.layers", "decoder.layers"]))
+    assert {round(chance, 6) for chance in seen["encoder"]} == {0.8, 0.6, 0.4}
+    assert {round(chance, 6) for chance in seen["decoder"]} == {0.75, 0.5, 0.7, 0.4}

@@ -325,8 +325,16 @@ def test_torchs_own_encoder_and_decoder_are_both_served():
 
 
 def test_a_router_that_needs_every_token_is_said():
-    with pytest.raises(RandomLTDError, match=r"failed where middle blocks see a part.*output_router_logits=False"):
+    with pytest.raises(
+        RandomLTDError, match=r"failed where middle blocks.*attention_mask: leave that out.*router_logits=False"
+    ):
         train(Library("mixtral"), RandomLTD(0.5, duration=1000, multiple=1), "mixtral")
+    model = Library("mixtral")
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, {**kwargs, "attention_mask": None}), with_kwargs=True
+    )
+    train(model, RandomLTD(0.5, duration=1000, multiple=1), "mixtral")  # as it says
+    assert [set(lengths) for lengths in model.seen.values()] == [{16}, {8}, {8}, {16}]
 
 
 def test_an_error_of_ones_own_is_left_alone():

@@ -189,10 +189,17 @@ class RandomLTD(TechniqueCallback):
             if not cut or isinstance(error, (EkeError, torch.OutOfMemoryError)) or fails_too(call_next, batch, *args):
                 raise  # not of our making
             said = str(error).rstrip(".")
+            configs = [getattr(part, "config", None) for part in run.module.modules()]
+            routes = any(getattr(config, "output_router_logits", False) for config in configs)
+            advice = (
+                "A router's loss counts them by attention_mask: leave that out of the batch if nothing is padded, or "
+                "switch the loss off (output_router_logits=False)"
+                if routes
+                else "Switch off outputs of each block"
+            )
             raise RandomLTDError(
                 f"The model failed where middle blocks see a part of the tokens: {said}. What it computes beside the "
-                "blocks has to take any number of them. Switch off losses of a router (output_router_logits=False) and "
-                "outputs of each block, or leave RandomLTD out."
+                f"blocks has to take any number of them. {advice}, or leave RandomLTD out."
             ) from error
 
     def on_train_batch_end(
