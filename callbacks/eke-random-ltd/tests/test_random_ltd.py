@@ -13,6 +13,7 @@ from eke_random_ltd import RandomLTD, RandomLTDError, cut_side_inputs, draw_posi
 from eke_random_ltd.callback import Choose, Side
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 
@@ -187,6 +188,9 @@ def test_what_a_block_hands_on_reaches_the_next_one_whole():
     assert none is None
     assert hidden.sum() == 2 * 4 * 3
     assert block(torch.zeros(2, 8, 3), position_bias=bias)[1] is bias
+    plain, block.forward = block.forward, partial(checkpoint, block.forward, use_reentrant=True)  # gives an alias
+    assert block(torch.zeros(2, 8, 3, requires_grad=True), bias)[1] is bias
+    block.forward = plain
     with pytest.raises(eke.EkeError, match="nor run on a part of its tokens"):  # one that it made for 4 of 8 tokens
         block(torch.zeros(2, 8, 3))
 

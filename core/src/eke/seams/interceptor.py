@@ -233,9 +233,10 @@ class Select:
         if not isinstance(output, tuple):
             return scatter_tokens(hidden, output, positions, self.dim)
         # What the block hands on as it got it, such as T5's position bias, the next one gets whole again.
-        whole = {id(cut): one for cut, one in zip((*args, *kwargs.values()), given, strict=True)}
-        others = [whole.get(id(item), item) for item in output[1:]]
-        if any(item is not None and id(item) not in whole for item in output[1:]):
+        whole = dict(zip((*range(len(args)), *kwargs), given, strict=True))
+        keys = [None if item is None else _key_of(item, args, kwargs) for item in output[1:]]
+        others = [item if key is None else whole[key] for item, key in zip(output[1:], keys, strict=True)]
+        if any(item is not None and key is None for item, key in zip(output[1:], keys, strict=True)):
             form.check(args, kwargs)
         return (scatter_tokens(hidden, output[0], positions, self.dim), *others)
 
