@@ -1063,6 +1063,8 @@ def test_visual_prompts_go_to_the_tower_of_images_and_several_ask_which():
     technique.run.close()
     with pytest.raises(PEFTError, match="'vpt' puts tokens before those of one list.*blocks='encoder.block'"):
         put("vpt", Holds("t5"))
+    with pytest.raises(PEFTError, match="The blocks of SwinModel hold relative positions.*here 'lora' or 'adapters'"):
+        put("vpt", Holds("swin"))
 
 
 class Uneven(TechniqueCallback):

@@ -19,7 +19,7 @@ import torch
 from eke import Run, Technique, TechniqueCallback
 from eke.seams.blocks import Blocks
 from eke.seams.names import plain
-from eke.seams.patches import patch_blocks
+from eke.seams.patches import patch_blocks, relative_positions
 from eke.seams.state import KEY
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -229,6 +229,11 @@ class PEFT(TechniqueCallback):
     def _seeing(self, host: nn.Module) -> Blocks:
         """The blocks that get visual prompts: those that see images."""
         lists = patch_blocks(host, self.blocks, 0, "PEFT('vpt')", "")
+        if pairs := [name for one in lists for name in relative_positions(one.container)]:
+            raise PEFTError(
+                f"The blocks of {type(host).__name__} hold relative positions ({pairs[0]}), for all tokens in their "
+                "places: prompts have none. 'vpt' serves blocks without, such as ViT's; here 'lora' or 'adapters' does."
+            )
         if len(lists) > 1:
             raise PEFTError(
                 f"'vpt' puts tokens before those of one list of blocks, and {type(host).__name__} has "
