@@ -133,7 +133,9 @@ def patch_blocks(
     except PatchesError as error:
         if prefix is not None:
             return find_all_blocks(module)
-        if any(isinstance(part, nn.Embedding) for part in module.modules()):
+        parts = list(module.modules())
+        texts = any(isinstance(part, nn.Embedding) for part in parts)
+        if texts or not any(isinstance(part, nn.Conv2d) for part in parts):  # nothing sees images here
             raise PatchesError(f"{error} {on_texts}") from None
         raise PatchesError(f"{error} Say how many tokens precede the patches: {technique}(prefix=1).") from None
 

@@ -119,7 +119,7 @@ class Engine(TechniqueStrategy, Strategy):
         try:
             found = [block for blocks in find_all_blocks(module, self.blocks) for block in blocks]
         except BlocksError as error:
-            raise ZeROError(f"{error} ZeRO takes them by path: blocks='model.layers', or a list of paths.") from None
+            raise ZeROError(f"{error} ZeRO's argument blocks takes the path of a list, or several.") from None
         users: dict[int, set[int]] = {}
         inside = {id(part) for unit in found for part in unit.modules()}
         outside = [part for part in module.modules() if id(part) not in inside]
