@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Sequence
-from math import ceil, isfinite
+from math import ceil
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,7 +19,6 @@ from eke.seams.blocks import Blocks, find_blocks
 from eke.seams.names import plain
 from eke.seams.optimizer import transplant
 from eke.seams.wrapped import forget_state
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
@@ -96,8 +95,9 @@ class Stacking(TechniqueCallback):
         self._fitting = False
 
     def check(self, run: Run) -> None:
-        trainer = run.trainer
-        self._fitting = trainer.state.fn == "fit"
+        self._fitting = run.fitting
+        if run.fitting and not isinstance(self.stages[0], int):
+            run.until(self.stages[-1], "stages")  # shares go by the length of the run
 
     def alter_model(self, run: Run) -> None:
         pl_module = run.module
@@ -121,7 +121,7 @@ class Stacking(TechniqueCallback):
         if isinstance(self.stages[0], int):
             self.steps = self.stages
         else:
-            self.steps = self._saved_steps or self._steps_of(trainer.estimated_stepping_batches)
+            self.steps = self._saved_steps or [ceil(stage * self.run.length) for stage in self.stages]
         self._saved_steps = None
         self._next = self._due()
 
@@ -193,14 +193,6 @@ class Stacking(TechniqueCallback):
 
     def _meet(self, found: Blocks) -> None:
         self._container, self._full, self._path = weakref.ref(found.container), list(found.modules), plain(found.path)
-
-    def _steps_of(self, total: float) -> list[int]:
-        if not isfinite(total):
-            raise MisconfigurationException(
-                f"stages={self.stages} are shares of a run whose length is not known. Give stages in optimizer steps, "
-                "or Trainer(max_steps=...)."
-            )
-        return [ceil(stage * total) for stage in self.stages]
 
     def _depths(self) -> list[int]:
         full = len(self._full)

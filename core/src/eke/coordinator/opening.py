@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from eke import beside, compose, strategies
+from eke.refusal import RunError
 from eke.spec import Technique
 
 if TYPE_CHECKING:
@@ -84,16 +85,16 @@ def seed(techniques: list[TechniqueCallback], trainer: Trainer) -> None:
 
 def _automatic_optimization(technique: TechniqueCallback, run: Run) -> None:
     if not run.module.automatic_optimization:
-        raise MisconfigurationException(
-            f"{type(technique).__name__} acts between backward and the optimizer's step, which "
-            f"{type(run.module).__name__} does by hand (automatic_optimization=False). Leave the technique out, or "
-            "let Lightning optimize."
+        raise RunError(
+            f"{type(technique).__name__} needs backward and the optimizer's step apart from training_step, in which "
+            f"{type(run.module).__name__} does them by hand (automatic_optimization=False). Leave the technique out, "
+            "or let Lightning optimize."
         )
 
 
 def _sized_training_data(technique: TechniqueCallback, run: Run) -> None:
     if run.trainer.max_steps == -1 and run.trainer.max_epochs == -1:
-        raise MisconfigurationException(
+        raise RunError(
             f"{type(technique).__name__} needs to know how long the run is, and this one has no end. "
             "Give Trainer(max_steps=...) or max_epochs=."
         )
