@@ -11,7 +11,7 @@ from eke.seams.blocks import find_blocks
 from eke.testing import TinyBlocks, assert_same, fit
 from eke_report import Report, callback, paired, render
 from eke_report.command import main
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -132,11 +132,11 @@ def test_the_step_that_is_reported_is_the_one_with_the_techniques_on(by_hand):
 def test_switching_happens_between_accumulation_windows_only(window, by_hand):
     seen = []
 
-    class Looks(Slows):
+    class Looks(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             seen.append(((trainer.current_epoch, batch_idx // window), pl_module.on))
 
-    found = report_of(Looks(), steps=40, accumulate_grad_batches=window)
+    found = report_of(Slows(), Looks(), steps=40, accumulate_grad_batches=window)
     assert {on for _, on in seen} == {True, False}
     assert len(set(seen)) == len({number for number, _ in seen})  # one state in each window
     assert found["techniques"]["slows"]["step_ratio"][0] == pytest.approx(10.0)
@@ -145,11 +145,11 @@ def test_switching_happens_between_accumulation_windows_only(window, by_hand):
 def test_the_model_is_on_again_for_validation_and_after_the_measurement(by_hand):
     seen = []
 
-    class Looks(Slows):
+    class Looks(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             seen.append(pl_module.on)
 
-    report_of(Looks())
+    report_of(Slows(), Looks())
     first_off = seen.index(False)
     assert first_off >= 2
     assert all(seen[-10:])
@@ -230,7 +230,8 @@ def test_copies_leave_the_run_its_bits_its_random_numbers_and_its_data(by_hand, 
         trainer.fit(model, loader)
         found.append({**model.state_dict(), "random": torch.get_rng_state(), "read": Stream.read})
     assert_same(*found, "without the report, then with it")
-    assert callbacks[1].result["techniques"]["doubles"]["measured"]
+    effect = callbacks[1].result["techniques"]["doubles"]
+    assert effect["measured"], effect["why"]
 
 
 def test_why_there_are_no_copies_is_said(by_hand):

@@ -78,7 +78,7 @@ class Copies:
         """Where there is no such loader: the first batches of the run, drawn aside."""
         if self.data is None:
             count = min(self.batches, int(min(trainer.num_training_batches, self.batches)))
-            self.data = sample_batches(trainer, count, on_device=False)
+            self.data = _Batches(sample_batches(trainer, count, on_device=False))
 
     def effect(self, name: str, module: LightningModule, rounds: int) -> dict[str, Any]:
         """What one technique gives, as :func:`eke.seams.trial.compare` says it, with the ratio of the peaks."""
@@ -115,6 +115,19 @@ class Copies:
         callbacks = [watch, *(copy.deepcopy(one) for key, one in self.techniques.items() if key in names)]
         Trainer(callbacks=callbacks, **self.options).fit(copy.deepcopy(self.module), self.data)
         return watch
+
+
+class _Batches:
+    """A loader of these batches. Lightning takes a plain list for several loaders."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
 
 
 @contextmanager
