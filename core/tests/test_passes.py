@@ -9,6 +9,7 @@ from eke.testing import run_ranks
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import CatMetric, MeanMetric, MeanSquaredError, MetricCollection
 
 GENERATOR = torch.Generator().manual_seed(2)
 X, Y = torch.randn(16, 4, generator=GENERATOR), torch.randn(16, generator=GENERATOR)
@@ -106,6 +107,47 @@ def test_a_second_pass_gives_the_gradient_of_the_whole_window(accumulate):
 
 def test_it_logs_nothing():
     assert fit(Sam()).logged == fit().logged
+
+
+class Notes(Net):
+    """Meters itself in training_step, as people do."""
+
+    def __init__(self):
+        super().__init__()
+        self.error = MeanSquaredError()
+        self.each = MetricCollection({"mean": MeanMetric(), "all": CatMetric()})
+        self.losses, self.by_batch, self.steps, self.total = [], {}, 0, torch.zeros(())
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.error(self.layer(batch[0]).squeeze(1).detach(), batch[1])
+        self.each.update(loss.detach())
+        self.losses.append(float(loss))
+        self.by_batch.setdefault(batch_idx, []).append(1)
+        self.steps += 1
+        self.total += 1
+        return loss
+
+    def on_train_batch_end(self, *args):
+        each = self.each.compute()
+        read = self.error.compute(), each["mean"], each["all"].clone()
+        self.seen.append((*read, list(self.losses), len(self.by_batch), self.steps, float(self.total)))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_metrics_and_notes_of_a_step_move_once(accumulate):
+    """At rate 0 and radius 0 both passes are alike, so that what is noted is what a plain run notes."""
+
+    class Still(Notes):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    twice, plain = (
+        fit(*callbacks, model=Still(), accumulate_grad_batches=accumulate) for callbacks in ((Sam(0.0),), ())
+    )
+    assert len(plain.seen) == 8
+    torch.testing.assert_close(twice.seen, plain.seen, rtol=0, atol=0)
 
 
 def test_on_two_processes_it_is_reduced_once():

@@ -7,10 +7,13 @@ import pytest
 import torch
 from eke.seams.batch import BatchError, rows, size
 from eke.seams.losses import LossError, capture
+from eke.seams.scores import score
 from eke.seams.scoring import error_norms, scoring_pass
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import default_collate
+from torchmetrics import MeanMetric
 
 Pair = namedtuple("Pair", "images classes")
 
@@ -61,6 +64,35 @@ def test_a_look_leaves_no_trace():
     assert model.layers[1].training
     assert not model.layers[2].training
     assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_a_look_moves_no_metric_and_leaves_no_note():
+    class Notes(Model):
+        def __init__(self):
+            super().__init__()
+            self.mean, self.losses, self.steps = MeanMetric(), [], 0
+
+        def training_step(self, batch, batch_idx=0):
+            loss = super().training_step(batch, batch_idx)
+            self.mean.update(loss)
+            self.losses.append(loss)
+            self.steps += 1
+            self.last = batch[1]
+            return loss
+
+    model, batch = Notes(), (torch.randn(5, 4), torch.arange(5) % 3)
+    model.mean.update(2.0)
+    scoring_pass(model, model.training_step, batch)
+    assert (float(model.mean.compute()), model.losses, model.steps, "last" in vars(model)) == (2.0, [], 0, False)
+
+
+def test_a_module_that_optimizes_by_hand_cannot_be_looked_at():
+    model, data = Model(), [(torch.randn(4), torch.tensor(0)) for _ in range(4)]
+    model.automatic_optimization = False
+    batch = default_collate(data)
+    for look in (lambda: scoring_pass(model, model.training_step, batch), lambda: score(model, data, "grand")):
+        with pytest.raises(LossError, match=r"Model optimizes by hand.*Let Lightning optimize, or score with a module"):
+            look()
 
 
 def test_a_look_in_training_mode_has_dropout_and_leaves_running_statistics():

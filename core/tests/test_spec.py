@@ -41,6 +41,15 @@ def test_a_word_outside_the_vocabulary_is_refused_with_the_vocabulary(fields, me
     assert str(caught.value).startswith(message)
 
 
+def test_exactness_may_go_by_the_arguments_that_matter():
+    record = Technique("x", "callback", exactness=lambda keep=0.5: "exact" if keep == 1 else "approximate")
+    assert record.exactness_of({}) == "approximate"
+    assert record.exactness_of({"keep": 1, "other": 3}) == "exact"
+    assert Technique("y", "callback", exactness="unbiased").exactness_of({"keep": 1}) == "unbiased"
+    with pytest.raises(ValueError, match="exactness is 'close'. Use one of: exact, reordered sums"):
+        Technique("z", "callback", exactness=lambda: "close").exactness_of({})
+
+
 @pytest.mark.parametrize("field", ["topics", "survey", "effects", "needs", "after", "imposes", "tolerates"])
 def test_a_string_where_a_tuple_is_needed_is_refused(field):
     with pytest.raises(
@@ -55,7 +64,7 @@ def test_what_the_survey_does_not_name_is_refused():
 
 
 def test_every_word_has_a_definition_and_every_resource_a_seam():
-    for words in (VERBS, RESOURCES):
+    for words in (VERBS, RESOURCES, EXACTNESS):
         assert all(len(definition.split()) > 2 for definition in words.values())
     assert {resource for settled in SEAMS.values() for resource in settled} == set(RESOURCES)
     assert {resource for _, concerned in IMPOSITIONS.values() for resource in concerned} <= set(RESOURCES)

@@ -9,7 +9,19 @@ import pytest
 import torch
 from eke.seams import trial as seam
 from eke.seams.calibrate import sample_batches
-from eke.seams.trial import Snapshot, TrialError, compare, differ, interleave, rolled_back, take_step, trial, turns
+from eke.seams.trial import (
+    Snapshot,
+    TrialError,
+    compare,
+    differ,
+    interleave,
+    rolled_back,
+    switch_off,
+    switch_on,
+    take_step,
+    trial,
+    turns,
+)
 from eke.testing import TinyBlocks, assert_same, fit, run_ranks, shuffled
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
@@ -335,3 +347,66 @@ def test_a_difference_is_one_that_every_round_shows_beyond_the_control(ratios, c
 
 def test_the_clock_of_a_cpu_is_the_plain_one():
     assert seam.clock(torch.device("cpu")) is seam.perf_counter
+
+
+class Everywhere(eke.TechniqueCallback):
+    """Says where it was called, and keeps a point of the run from ``check``, marks on the model, and a state."""
+
+    technique = eke.Technique(name="everywhere", kind="callback", effects=("changes gradients",))
+    point = eke.in_run(None)
+
+    def __init__(self):
+        self.calls, self.count = [], 0
+
+    def check(self, run):
+        self.point, self.count = run.until(0.5), 0
+
+    def alter_model(self, run):
+        run.module.marks = getattr(run.module, "marks", 0) + 1
+        run.at_end(lambda: vars(run.module).update(marks=run.module.marks - 1))
+
+    def alter_batch(self, run, batch):
+        self.calls.append("batch")
+        return batch
+
+    def around_step(self, run, call_next, batch, *args):
+        self.calls.append("step")
+        self.count += 1
+        assert self.point.done >= 0
+        return call_next(batch, *args)
+
+    def before_optimizer_step(self, run, optimizer):
+        self.calls.append("gradients")
+
+    def after_optimizer_step(self, run, optimizer):
+        self.calls.append("weights")
+
+    def on_train_batch_end(self, *args):
+        self.calls.append("hook")
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
+def test_of_a_technique_that_is_switched_off_nothing_is_called_until_it_is_on_again():
+    technique, seen = Everywhere(), []
+
+    class Switches(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if batch_idx == 1:
+                switch_off(technique)
+            if batch_idx == 3:
+                switch_on(technique)
+            technique.calls.clear()
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            seen.append((sorted(technique.calls), module.marks, technique.count))
+
+    fit(TinyBlocks(), technique, callbacks=[Switches()], epochs=1)
+    every = ["gradients", "hook", "step", "weights"]  # its batch was changed before it was switched
+    assert [calls for calls, _, _ in seen] == [every, [], [], every]
+    assert [marks for _, marks, _ in seen] == [1, 0, 0, 1]
+    assert (seen[0][2], seen[3][2]) == (1, 2)

@@ -155,6 +155,34 @@ def test_sequences_of_unequal_length_keep_the_mean_over_tokens():
     assert torch.allclose(expected, torch.autograd.grad(loss, model.weight)[0], atol=1e-6)
 
 
+@pytest.mark.parametrize("threshold", [0.0, 100.0])
+def test_the_logged_loss_is_the_mean_of_the_batch_and_the_weighted_one_has_a_name_of_its_own(threshold):
+    """At rate 0, so that the losses stay: with a draw that of the whole batch, without one that of its first part."""
+    read = []
+
+    class Reads(Classifier):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("train_loss", loss)
+            return loss
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            losses = F.cross_entropy(self.layer(batch[0]), batch[1], reduction="none")
+            read.append((losses.detach(), {name: float(one) for name, one in self.trainer.logged_metrics.items()}))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.0)
+
+    fit(ImportanceSampling(1 / 3, threshold=threshold), Reads(), log_every_n_steps=1)
+    assert len(read) == 4
+    for losses, logged in read:
+        mean = losses.mean() if threshold == 0 else losses[:4].mean()
+        assert logged["train_loss"] == pytest.approx(float(mean), rel=1e-5)
+        assert ("eke/importance_sampling/weighted_loss" in logged) == (threshold == 0)
+        if threshold == 0:
+            assert logged["eke/importance_sampling/weighted_loss"] != pytest.approx(float(mean), rel=1e-4)
+
+
 @pytest.mark.parametrize("wrong", [{"keep": 0}, {"keep": 1.5}, {"smoothing": 1}, {"threshold": -1}, {"by": "guess"}])
 def test_wrong_arguments_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -14,13 +14,18 @@ class Classifier(LightningModule):
         super().__init__()
         torch.manual_seed(0)
         self.layer = nn.Linear(6, 3)
-        self.seen, self.sums = [], []
+        self.seen, self.sums, self.read = [], [], []
 
     def training_step(self, batch, batch_idx):
         self.seen[-1] += batch[2].tolist()
         loss = F.cross_entropy(self.layer(batch[0]), batch[1])
-        self.sums[-1] += float(loss) * len(batch[0])
+        self.log("train_loss", loss)
         return loss
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        read = self.trainer.logged_metrics
+        self.sums[-1] += float(read["eke/rais/weighted_loss"]) * len(batch[0])
+        self.read.append((batch[2], float(read["train_loss"])))
 
     def on_train_epoch_start(self):
         self.seen.append([])
@@ -41,6 +46,7 @@ def fit(technique, epochs, count=60):
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
+        "log_every_n_steps": 1,
     }
     Trainer(max_epochs=epochs, callbacks=[technique], accelerator="cpu", **quiet).fit(model, DataLoader(data, 12))
     return model, data
@@ -73,6 +79,8 @@ def test_the_weighted_mean_over_many_epochs_is_the_mean_over_all():
     unweighted = losses[torch.tensor(model.seen[1:]).flatten()].mean()
     assert unweighted > 1.2 * losses.mean()
     assert technique.gain > 1.03
+    for numbers, read in model.read:  # what the step logged is the plain mean of what it saw
+        assert read == pytest.approx(float(losses[numbers].mean()), rel=1e-5)
 
 
 def test_epochs_before_the_start_see_every_sample_once():

@@ -8,7 +8,7 @@ import torch
 from eke.testing import TinyBlocks, TinyViT, fit
 from eke.testing.data import BATCH
 from eke.testing.models import STEPS
-from eke_infobatch import InfoBatch, plan_epoch
+from eke_infobatch import InfoBatch, by_step, plan_epoch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from torch.nn import functional as F
@@ -79,6 +79,69 @@ def test_a_run_of_steps_has_as_many_and_anneals_by_them():
     fit(TinyBlocks(), InfoBatch(0.5, anneal=0.25), epochs=-1, max_steps=16, callbacks=[seen])
     assert len(seen.rates) == 16
     assert seen.batches[1] < STEPS * BATCH  # pruned, in the second epoch
+
+
+class Reads(TinyBlocks):
+    """Logs its loss as people do, and notes what the loss is by itself."""
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.log("train_loss", loss, prog_bar=True)
+        with torch.no_grad():
+            logits = self(batch[0])
+            each = F.cross_entropy(logits.transpose(1, 2), batch[1], reduction="none").mean(1)
+        self.noted = getattr(self, "noted", [])
+        self.noted.append((self.trainer.current_epoch, each, loss))
+        return loss
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        read = self.trainer.logged_metrics
+        self.noted[-1] += (
+            float(outputs["loss"]),
+            float(read["train_loss"]),
+            float(read["eke/infobatch/weighted_loss"]),
+        )
+
+
+@pytest.mark.parametrize("length", [{"epochs": 3}, {"epochs": -1, "max_steps": 12}])
+def test_the_logged_loss_is_the_plain_mean_and_the_weighted_one_has_a_name_of_its_own(length):
+    model, technique = Reads(dropout=0.0), InfoBatch(0.5, anneal=0.0)
+    plans = []
+
+    class Plans(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            plans.append(technique._weights[technique._samples.batch()])
+
+    fit(model, technique, callbacks=[Plans()], log_every_n_steps=1, **length)
+    parted = 0
+    for (_, each, *read), weights in zip(model.noted, plans, strict=True):
+        assert read[1:3] == pytest.approx([float(each.mean())] * 2, rel=1e-5)
+        assert read[3] == pytest.approx(float((each * weights).mean()), rel=1e-5)
+        parted += read[3] != pytest.approx(read[2], rel=1e-3)
+    assert parted > 0
+
+
+def test_in_a_run_of_steps_each_step_has_the_gradient_of_all_samples_by_enumeration():
+    """Losses so that two of three learned samples stay: over every plan, the mean weighted gradient."""
+    scores, seen = everything(0.1, 0.2, 0.3, 2, 3)
+    gradients = torch.randn(5, 4, dtype=torch.float64)
+    plans = {}
+    for number in range(50):
+        kept, weights = plan_epoch(scores, seen, 1 / 3, torch.Generator().manual_seed(number))
+        plans[tuple(kept.tolist())] = (kept, by_step(weights))
+    assert len(plans) == 3
+    steps = [(weights[kept, None] * gradients[kept]).mean(0) for kept, weights in plans.values()]
+    torch.testing.assert_close(torch.stack(steps).mean(0), gradients.mean(0))
+    technique, seen = InfoBatch(0.5, anneal=0.0), []
+
+    class Weights(Callback):
+        def on_train_epoch_start(self, trainer, module):
+            kept = technique._weights > 0
+            seen.append((int(kept.sum()), float(technique._weights[kept].mean())))
+
+    fit(TinyBlocks(), technique, epochs=-1, max_steps=10, callbacks=[Weights()])
+    assert seen[1][0] < STEPS * BATCH
+    assert [mean for _, mean in seen] == pytest.approx([1.0] * len(seen))
 
 
 class Seen(Callback):

@@ -347,6 +347,14 @@ def test_adalora_says_what_it_lacks():
         tune(Classifier(), PEFT("adalora"), epochs=-1, max_time="00:00:01:00")
     with pytest.raises(PEFTError, match="tinit=5 and tfinal=3 has no step left of 8"):
         tune(Classifier(), PEFT("adalora", settings={"tinit": 5, "tfinal": 3}))
+
+    class Two(Classifier):
+        def configure_optimizers(self):
+            self.automatic_optimization = False
+            return [torch.optim.SGD([one], 0.1) for one in self.parameters() if one.requires_grad][:2]
+
+    with pytest.raises(PEFTError, match="steps of one optimizer, and configure_optimizers gives several"):
+        tune(Two(), PEFT("adalora", settings={"total_step": 8}))
     for method in ("adalora", peft.AdaLoraConfig(total_step=10)):
         (words,) = strategies.refusals([PEFT(method)], ModelParallelStrategy())
         assert "'sharded gradients'" in words

@@ -11,7 +11,7 @@ from eke.seams.blocks import find_blocks
 from eke.testing import TinyBlocks, assert_same, fit
 from eke_report import Report, callback, paired, render
 from eke_report.command import main
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -132,11 +132,11 @@ def test_the_step_that_is_reported_is_the_one_with_the_techniques_on(by_hand):
 def test_switching_happens_between_accumulation_windows_only(window, by_hand):
     seen = []
 
-    class Looks(Slows):
+    class Looks(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             seen.append(((trainer.current_epoch, batch_idx // window), pl_module.on))
 
-    found = report_of(Looks(), steps=40, accumulate_grad_batches=window)
+    found = report_of(Slows(), Looks(), steps=40, accumulate_grad_batches=window)
     assert {on for _, on in seen} == {True, False}
     assert len(set(seen)) == len({number for number, _ in seen})  # one state in each window
     assert found["techniques"]["slows"]["step_ratio"][0] == pytest.approx(10.0)
@@ -145,23 +145,142 @@ def test_switching_happens_between_accumulation_windows_only(window, by_hand):
 def test_the_model_is_on_again_for_validation_and_after_the_measurement(by_hand):
     seen = []
 
-    class Looks(Slows):
+    class Looks(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             seen.append(pl_module.on)
 
-    report_of(Looks())
+    report_of(Slows(), Looks())
     first_off = seen.index(False)
     assert first_off >= 2
     assert all(seen[-10:])
 
 
-def test_what_changes_the_mathematics_is_not_switched_and_paired_runs_are_offered(by_hand):
-    found = report_of(Noisy())
-    assert found["techniques"]["noisy"] == {
-        "measured": False,
-        "why": "it changes the mathematics (approximate): what it gives takes paired runs",
-    }
-    assert "eke report pairs MODULE:BUILD TECHNIQUE" in render(found)
+class Relapses(Slows):
+    """Is on again by a hook of its own, as one that follows a growing model."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        pl_module.on = True
+
+    def around_step(self, run, call_next, batch, *args):
+        clock.now += 0.010
+        return call_next(batch, *args)
+
+    def alter_batch(self, run, batch):
+        clock.now += 0.100  # not within a step that is timed, but seen if it is not left out
+        return batch + 0.0
+
+
+def test_of_a_technique_that_is_off_nothing_is_called(by_hand):
+    found = report_of(Relapses())["techniques"]["slows"]
+    assert found["step_ratio"] == pytest.approx([20.0, 20.0, 20.0])
+
+
+class Doubles(eke.TechniqueCallback):
+    """Changes the optimizer, draws numbers, and doubles the time of a step in the second half of a run."""
+
+    technique = eke.Technique(
+        name="doubles", kind="callback", effects=("changes optimizer", "reads loss"), exactness="approximate"
+    )
+
+    def alter_optimizer(self, run, optimizer):
+        return torch.optim.SGD(optimizer.param_groups, lr=0.05)
+
+    def around_step(self, run, call_next, batch, *args):
+        torch.rand(3)
+        clock.now += 0.001 * (run.progress.share >= 0.5)
+        return call_next(batch, *args)
+
+
+def test_what_cannot_be_switched_is_measured_in_copies_of_the_run(by_hand):
+    """Of the twelve steps of a copy's run the first is not timed, nor the last, in which memory is counted; five of the
+    ten between are in the second half."""
+    found = report_of(Slows(), Doubles())
+    effect = found["techniques"]["doubles"]
+    assert effect["step_ratio"] == pytest.approx([(10 * 10 + 5) / 100] * 3)  # beside the other one, which is on
+    assert (effect["rounds"], effect["copies"], effect["measured"]) == (2, 12, True)
+    assert found["techniques"]["slows"]["step_ratio"][0] == pytest.approx(10.0, rel=0.1)
+    assert "in 2 rounds of copies of 12 steps" in render(found)
+    unseen = report_of(Noisy())["techniques"]["noisy"]
+    assert unseen["step_ratio"] == pytest.approx([1.0] * 3)
+    assert unseen["memory_ratio"] == 1.0
+
+
+@pytest.mark.parametrize("data", ["samples", "stream"])
+def test_copies_leave_the_run_its_bits_its_random_numbers_and_its_data(by_hand, data):
+    class Stream(torch.utils.data.IterableDataset):
+        read = 0
+
+        def __iter__(self):
+            for sample in torch.randn(160, 4, generator=torch.Generator().manual_seed(3)):
+                Stream.read += 1
+                yield sample
+
+    class Drops(Slow):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(nn.functional.dropout(batch, 0.5), batch_idx)
+
+    found = []
+    for callbacks in ([Doubles()], [Doubles(), Report(**SHORT, file="")]):
+        torch.manual_seed(0)
+        model, Stream.read = Drops(), 0
+        samples = torch.randn(160, 4, generator=torch.Generator().manual_seed(3)) if data == "samples" else Stream()
+        loader = torch.utils.data.DataLoader(samples, batch_size=4, shuffle=data == "samples")
+        options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        trainer = Trainer(max_steps=20, accelerator="cpu", enable_model_summary=False, callbacks=callbacks, **options)
+        trainer.fit(model, loader)
+        found.append({**model.state_dict(), "random": torch.get_rng_state(), "read": Stream.read})
+    assert_same(*found, "without the report, then with it")
+    effect = callbacks[1].result["techniques"]["doubles"]
+    assert effect["measured"], effect["why"]
+
+
+def test_why_there_are_no_copies_is_said(by_hand):
+    class Locked(Slow):
+        def __deepcopy__(self, memo):
+            raise TypeError("a lock is held")
+
+    report = Report(**SHORT, file="")
+    loader = torch.utils.data.DataLoader(torch.randn(32, 4), batch_size=4)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    Trainer(max_steps=8, callbacks=[Noisy(), report], **quiet).fit(Locked(), loader)
+    short = Report(**{**SHORT, "start": 9}, file="")
+    run(Noisy(), short, steps=5)
+    none = Report(**SHORT, pairs=0, file="")
+    run(Noisy(), none, steps=5)
+    words = [one["techniques"]["noisy"].get("why", "") for one in (report.result, short.result, none.result)]
+    begins = "it changes the mathematics (approximate), and "
+    assert words[0].startswith(begins + "Locked or a technique cannot be copied: a lock is held")
+    assert words[1].startswith(begins + "the run ended before start=9 steps")
+    assert words[2] == begins + "pairs=0 asks for no runs of copies: what it gives takes paired runs"
+    assert "eke report pairs MODULE:BUILD TECHNIQUE" in render(none.result)
+
+
+def test_a_copys_error_is_a_row_and_not_the_runs(by_hand):
+    class Once(Slow):
+        def on_fit_start(self):
+            if self.trainer.max_steps == 12:
+                raise RuntimeError("the database\n is busy")
+
+    report = Report(**SHORT, file="")
+    loader = torch.utils.data.DataLoader(torch.randn(32, 4), batch_size=4)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    Trainer(max_steps=8, callbacks=[Noisy(), report], **quiet).fit(Once(), loader)
+    why = report.result["techniques"]["noisy"]["why"]
+    assert why == "copies of the run with it and without it end in an error: the database is busy"
+
+
+def test_attention_without_a_pattern_is_switched():
+    """Its record declares by its arguments that sums are reordered at most."""
+    attention = pytest.importorskip("eke_attention")
+    plain = fit(TinyBlocks(), attention.Attention(), epochs=8)
+    report = Report(**SHORT, file="")
+    watched = fit(TinyBlocks(), attention.Attention(), report, epochs=8)
+    assert_same(plain.state["weights"], watched.state["weights"], "weights without the report, then with it")
+    effect = report.result["techniques"]["attention"]
+    assert effect["measured"]
+    assert "copies" not in effect
+    reason = callback._fixed(attention.Attention(attention.SlidingWindow(4)), TinyBlocks())
+    assert reason == "it changes the mathematics (model-changing)"
 
 
 def test_a_run_that_is_too_short_says_so_and_gives_no_number(by_hand):
@@ -300,6 +419,7 @@ def test_the_command_makes_paired_runs(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("act", "said"),
     [
+        (lambda: Report(pairs=1), "pairs=1, pair_steps=12: give 2 rounds or more, or 0 for none"),
         (lambda: Report(rounds=1), "rounds=1, block=4 leave nothing to compare: each has to be 2 or more"),
         (lambda: paired(build, {}), "the recipe is empty"),
         (lambda: paired(build, {"remat": {}}, steps=3), "steps=3, warmup=5, seeds=3 leave nothing to time"),

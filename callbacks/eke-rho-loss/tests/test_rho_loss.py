@@ -141,3 +141,27 @@ def test_arguments_outside_their_range_are_refused():
         RhoLoss("zero", look="eval")
     with pytest.raises(EkeError):
         RhoLoss("zero", 0)
+
+
+def test_the_logged_loss_is_the_mean_of_the_whole_batch_and_that_of_the_chosen_has_a_name_of_its_own(data):
+    """At rate 0, so that the losses stay."""
+    read = []
+
+    class Reads(Classifier):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("train_loss", loss)
+            self.trained_on = batch
+            return loss
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            whole, chosen = (float(F.cross_entropy(self.layer(x), y)) for x, y, _ in (batch, self.trained_on))
+            read.append((whole, chosen, {name: float(one) for name, one in self.trainer.logged_metrics.items()}))
+
+    options = {"max_steps": 3, "callbacks": [RhoLoss("zero", 0.25)], "log_every_n_steps": 1}
+    Trainer(enable_checkpointing=False, **options, **QUIET).fit(Reads(rate=0.0), DataLoader(data, 40))
+    assert len(read) == 3
+    for whole, chosen, logged in read:
+        assert logged["train_loss"] == pytest.approx(whole, rel=1e-5)
+        assert logged["eke/rho_loss/chosen_loss"] == pytest.approx(chosen, rel=1e-5)
+        assert chosen > whole * 1.01

@@ -28,12 +28,12 @@ class Classifier(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.0)
 
 
-def fit(technique, **options):
+def fit(technique, model=None, **options):
     generator = torch.Generator().manual_seed(1)
     data = TensorDataset(
         torch.randn(40, 6, generator=generator), torch.randint(3, (40,), generator=generator), torch.arange(40)
     )
-    model = Classifier()
+    model = model or Classifier()
     options = {"max_epochs": 1, **options}
     Trainer(callbacks=[technique], accelerator="cpu", **QUIET, **options).fit(model, DataLoader(data, 4))
     return model, data
@@ -94,3 +94,26 @@ def test_a_run_without_an_end_is_refused():
         match=r"SelectiveBackprop\(start=0.5\) goes by the length of the run, which is not known",
     ):
         fit(SelectiveBackprop(), max_epochs=-1)
+
+
+def test_the_logged_loss_is_the_mean_of_the_whole_batch_and_that_of_the_chosen_has_a_name_of_its_own():
+    """At rate 0, so that the losses stay."""
+    read = []
+
+    class Reads(Classifier):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("train_loss", loss)
+            self.trained_on = batch
+            return loss
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            whole, chosen = (float(F.cross_entropy(self.layer(x), y)) for x, y, _ in (batch, self.trained_on))
+            read.append((whole, chosen, {name: float(one) for name, one in self.trainer.logged_metrics.items()}))
+
+    fit(SelectiveBackprop(0.5, start=0, end=1, interrupt=0), Reads(), log_every_n_steps=1)
+    assert len(read) == 10
+    for whole, chosen, logged in read:
+        assert logged["train_loss"] == pytest.approx(whole, rel=1e-5)
+        assert logged["eke/selective_backprop/chosen_loss"] == pytest.approx(chosen, rel=1e-5)
+        assert chosen != pytest.approx(whole, rel=1e-3)

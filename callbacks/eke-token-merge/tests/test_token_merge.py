@@ -27,6 +27,51 @@ def test_the_most_alike_pairs_are_joined_first():
     assert stays.tolist() == [[0]]
 
 
+def by_the_authors(keys, own, count):
+    """The authors' division written out for one image: over all tokens, those at even places go into those at odd
+    places, and the model's own, the class token first, take no part. Returns pairs of patches, the most alike first."""
+    tokens = len(keys)
+    pairs = []
+    for goes in range(0, tokens, 2):
+        others = [place for place in range(1, tokens, 2) if place >= own]
+        if goes >= own:
+            alike = {place: float(F.cosine_similarity(keys[goes], keys[place], dim=0)) for place in others}
+            into = max(alike, key=alike.get)
+            pairs.append((alike[into], goes - own, into - own))
+    return [pair[1:] for pair in sorted(pairs, reverse=True)[:count]]
+
+
+@pytest.mark.parametrize(("own", "patches"), [(0, 8), (1, 8), (1, 9), (2, 9), (5, 16)])
+def test_the_division_is_the_authors_with_and_without_a_class_token(own, patches):
+    keys = torch.randn(1, own + patches, 6, generator=torch.Generator().manual_seed(own + patches))
+    first = own % 2
+    stays, goes, into = match(keys[:, own:], 3, first)
+    pairs = [(2 * a + first, 2 * b + 1 - first) for a, b in zip(goes[0].tolist(), into[0].tolist(), strict=True)]
+    assert pairs == by_the_authors(keys[0], own, 3)
+    tokens = torch.eye(patches)[None]
+    joined, sizes = merge(tokens, torch.ones(1, patches), stays, goes, into, first)
+    groups = {frozenset(row.nonzero()[:, 0].tolist()) for row in joined[0]}
+    wanted = [{place} for place in range(patches)]
+    for gone, kept in pairs:
+        wanted[kept] |= {gone}
+        wanted[gone] = set()
+    assert groups == {frozenset(group) for group in wanted if group}
+    assert int(sizes.sum()) == patches
+
+
+@pytest.mark.parametrize("divide", ["tokens", "patches"])
+def test_with_a_class_token_the_division_is_the_one_that_is_asked_for(divide, monkeypatch):
+    seen = []
+
+    def noting(keys, count, first=0):
+        seen.append(first)
+        return match(keys, count, first)
+
+    monkeypatch.setattr("eke_token_merge.callback.match", noting)
+    fit(TinyViT(), TokenMerge(2, divide=divide), epochs=1)
+    assert set(seen) == {1 if divide == "tokens" else 0}
+
+
 def test_merging_keeps_the_sum_and_identical_tokens_lose_nothing():
     torch.manual_seed(0)
     tokens, sizes = torch.randn(3, 11, 4), torch.randint(1, 5, (3, 11)).float()

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import _configure_optimizers
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.distributed._tools import mem_tracker
@@ -41,6 +42,7 @@ __all__ = [
     "leave_finished_epoch",
     "leave_out_of_ddp",
     "memory_profile",
+    "logs_now",
     "loss_scale",
     "memoryless",
     "parse_optimizers",
@@ -51,6 +53,7 @@ __all__ = [
     "set_epoch_length",
     "start_at",
     "start_fake_processes",
+    "takes_batch_idx",
     "unscale_again",
     "unset_fake_temporarily",
 ]
@@ -151,6 +154,16 @@ def parse_schedulers(returned: Any) -> tuple[list[Optimizer], list[dict[str, Any
 def has_values(tensor: torch.Tensor) -> bool:
     """Whether a tensor has numbers in it, which it has not in a forecast's dry run."""
     return not isinstance(tensor, FakeTensor)
+
+
+def takes_batch_idx(step: Any) -> bool:
+    """Whether Lightning hands a ``training_step`` the batch's index: it goes to a second argument of any name."""
+    return is_param_in_hook_signature(step, "batch_idx", min_args=2)
+
+
+def logs_now(trainer: Trainer) -> bool:
+    """Whether a training step is being taken after which the Trainer writes what is logged."""
+    return trainer.training and trainer._logger_connector.should_update_logs
 
 
 def loss_scale(trainer: Trainer) -> float:

@@ -19,6 +19,7 @@ from eke.seams.passes import Passes
 from eke.seams.progress import Progress, Until
 from eke.seams.saved import Saved
 from eke.seams.schedulers import scale_group
+from eke.seams.step import log_own
 from eke.seams.terms import LossTerms
 from eke.spec import EkeError
 
@@ -56,6 +57,7 @@ class Run:
             ``"changes weights"``; gradients are masked after all of ``before_optimizer_step`` and before clipping.
         saved: What autograd keeps for backward in a training step: ``run.saved.register(run.name, codec, COMPRESS)``.
             A technique that registers a codec declares ``"changes saved tensors"``.
+        paused: Nothing of the technique is called, see :func:`eke.seams.trial.switch_off`.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Run:
         self.trainer, self.module, self.stage = trainer, module, stage
         shared = shared or Shared(Progress(), Masks(module), Saved(module))
         self.progress, self.masks, self.saved = shared.progress, shared.masks, shared.saved
+        self.paused = False
         self._technique, self._terms, self._passes = technique, shared.terms, shared.passes
         self._points: list[Until] = []
         self._undo: list[Callable[[], Any]] = []
@@ -205,6 +208,11 @@ class Run:
             raise EkeError(
                 f"{self.name} adds to the loss, which its record does not say: effects=('changes loss', ...)."
             )
+
+    def log(self, name: str, value: Tensor) -> None:
+        """Log a number of the step at hand as ``eke/<technique>/<name>``, at the Trainer's interval. For
+        ``around_step``; a second pass logs nothing."""
+        log_own(self.trainer, self.module, self.name, name, value)
 
     def once(self, key: str, make: Callable[[], T]) -> T:
         """``make()``, once for the batch at hand: in a second pass the value of the first. For what draws or counts."""

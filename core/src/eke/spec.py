@@ -111,7 +111,13 @@ IMPOSITIONS: dict[str, tuple[str, tuple[str, ...]]] = {
 NEEDS = ("automatic optimization", "one optimizer", "sized training data")
 
 # From strongest promise to weakest: what a technique does to the numbers of a run.
-EXACTNESS = ("exact", "reordered sums", "unbiased", "approximate", "model-changing")
+EXACTNESS: dict[str, str] = {
+    "exact": "losses and gradients are the same bit for bit",
+    "reordered sums": "the same but for rounding: sums are taken in another order, or by another kernel",
+    "unbiased": "gradients vary more, or otherwise; their mean over what is drawn is the same",
+    "approximate": "gradients or states are near to what they were",
+    "model-changing": "another model is trained, on other data, or towards another loss",
+}
 
 
 # What saving memory costs, from what a run notices least to what it notices most: the order in which a forecast tries.
@@ -173,7 +179,8 @@ class Technique:
         needs: What it asks of a run, of :data:`NEEDS`.
         conflicts: Technique name to the reason why both cannot run together. For what effects cannot say.
         after: Names of techniques that must act earlier. For what effects cannot say.
-        exactness: One of :data:`EXACTNESS`.
+        exactness: What becomes of the numbers, one of :data:`EXACTNESS`. Where that depends on its arguments, a
+            function of those that matter, by name and with their defaults.
         exceptions: Name of a contract test to the sentence why it cannot hold for this method.
         offers: How it saves memory, weaker ways first, for a forecast that looks for a way to fit.
         imposes: Of a strategy: what techniques have to bear under it, of :data:`IMPOSITIONS`. Where that depends on its
@@ -196,7 +203,7 @@ class Technique:
     needs: tuple[str, ...] = ()
     conflicts: Mapping[str, str] = field(default_factory=dict)
     after: tuple[str, ...] = ()
-    exactness: str = "exact"
+    exactness: str | Callable[..., str] = "exact"
     exceptions: Mapping[str, str] = field(default_factory=dict)
     offers: tuple[Offer, ...] = ()
     imposes: tuple[str, ...] | Callable[..., tuple[str, ...]] = ()
@@ -214,7 +221,8 @@ class Technique:
             if isinstance(given, str):
                 raise ValueError(f"{several}={given!r} is one string: it needs a tuple, such as ({given!r},).")
         _one_of("kind", self.kind, KINDS)
-        _one_of("exactness", self.exactness, EXACTNESS)
+        if not callable(self.exactness):
+            _one_of("exactness", self.exactness, EXACTNESS)
         for need in self.needs:
             _one_of("need", need, NEEDS)
         for effect in self.effects:
@@ -242,11 +250,17 @@ class Technique:
 
     def imposed(self, arguments: Mapping[str, Any]) -> tuple[str, ...]:
         """What it imposes when it is built with these arguments."""
-        return _by_arguments(self.imposes, arguments)
+        return _impositions(_by_arguments(self.imposes, arguments))
 
     def tolerated(self, arguments: Mapping[str, Any]) -> tuple[str, ...]:
         """What it bears when it is built with these arguments."""
-        return _by_arguments(self.tolerates, arguments)
+        return _impositions(_by_arguments(self.tolerates, arguments))
+
+    def exactness_of(self, arguments: Mapping[str, Any]) -> str:
+        """What becomes of the numbers when it is built with these arguments."""
+        found = _by_arguments(self.exactness, arguments)
+        _one_of("exactness", found, EXACTNESS)
+        return found
 
     def resolve(self) -> Callable[..., object]:
         """The factory itself, imported if the record names it by ``"module:attribute"``."""
@@ -269,13 +283,11 @@ def eke_technique() -> Technique:
     """Return the technique that this distribution provides."""
 
 
-def _by_arguments(
-    words: tuple[str, ...] | Callable[..., tuple[str, ...]], arguments: Mapping[str, Any]
-) -> tuple[str, ...]:
-    if not callable(words):
-        return words
-    asked = inspect.signature(words).parameters
-    return _impositions(words(**{name: value for name, value in arguments.items() if name in asked}))
+def _by_arguments(said: Any, arguments: Mapping[str, Any]) -> Any:
+    if not callable(said):
+        return said
+    asked = inspect.signature(said).parameters
+    return said(**{name: value for name, value in arguments.items() if name in asked})
 
 
 def _impositions(words: tuple[str, ...]) -> tuple[str, ...]:

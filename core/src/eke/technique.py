@@ -29,12 +29,14 @@ class TechniqueCallback(Callback):
         technique: The record.
         counts: ``"samples"`` and ``"tokens"``, if the technique reads them from its progress: counting costs.
         passes: 2 for a method that calls ``run.second_pass()``: the batches of a window are kept until its end.
+        writes_files: A run leaves a file of the technique's behind: it is not put into copies of a run.
         version: Of what ``state_dict`` returns. A later version has to read earlier ones.
     """
 
     technique: ClassVar[Technique]
     counts: ClassVar[tuple[str, ...]] = ()
     passes: ClassVar[int] = 1
+    writes_files: ClassVar[bool] = False
     version: ClassVar[int] = 1
 
     _coordinator: Coordinator | None = None

@@ -117,11 +117,12 @@ class ImportanceSampling(TechniqueCallback):
                 output = call_next(first, *args)
             scores = self._scores(captured)
         else:
-            chosen, weights, scores = run.once("drawn", lambda: self._draw(run, call_next, batch, args, count))
+            chosen, weights, scores, mean = run.once("drawn", lambda: self._draw(run, call_next, batch, args, count))
             drawn = rows(batch, chosen)
-            with capture(count, lambda losses: weights, drawn) as captured:
+            with capture(count, lambda losses: weights, drawn, shows=mean, known=True) as captured:
                 output = call_next(drawn, *args)
             captured.check()
+            run.log("weighted_loss", captured.weighted)
         if run.first_pass:
             self._observe(run, scores)
         return output
@@ -135,14 +136,20 @@ class ImportanceSampling(TechniqueCallback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._gain = state["gain"]
 
-    def _draw(self, run: Run, step: Any, batch: Any, args: Any, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Numbers and weights of the samples to train on, and the scores that they were drawn by."""
+    def _draw(self, run: Run, step: Any, batch: Any, args: Any, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Numbers and weights of the samples to train on, the scores that they were drawn by, and the mean loss of all
+        that they were drawn from."""
         scored = scoring_pass(run.module, step, batch, *args)
         scores = self._scores(scored)
         chosen, weights = draw(scores, count, run.generator)
         # A loss over tokens divides by those of the batch at hand; the mean is over those of the presample.
         tokens = scored.valid.flatten(1).sum(1).cpu() if scored.valid.ndim > 1 else scored.valid.cpu()
-        return chosen, weights * float(tokens[chosen].sum() / (count * tokens.mean()).clamp(min=1e-9)), scores
+        return (
+            chosen,
+            weights * float(tokens[chosen].sum() / (count * tokens.mean()).clamp(min=1e-9)),
+            scores,
+            scored.mean,
+        )
 
     def _scores(self, captured: Capture) -> Tensor:
         losses = captured.check()

@@ -2,6 +2,11 @@
 
 from eke import Technique, hookimpl
 
+
+def _exactness(keep: float = 1 / 3) -> str:
+    return "exact" if keep == 1 else "unbiased"
+
+
 RECORD = Technique(
     name="importance_sampling",
     kind="callback",
@@ -11,8 +16,8 @@ RECORD = Technique(
     topics=("importance sampling",),
     survey=("is-upper-bound",),
     effects=("replaces batch subset", "replaces loss"),
-    needs=("automatic optimization",),  # a batch is scored by a training_step that must not step
-    exactness="unbiased",
+    needs=("automatic optimization",),  # its scoring pass runs training_step without a step
+    exactness=_exactness,
     exceptions={
         "test_accumulated_gradients_equal_the_big_batch": "Samples are drawn within each batch, and two small batches "
         "draw others than a large one.",

@@ -114,6 +114,7 @@ class RAIS(TechniqueCallback):
         with capture(len(numbers), lambda losses: weights, batch) as captured:
             output = call_next(batch, *args)
         captured.check()
+        run.log("weighted_loss", captured.weighted)
         if run.first_pass:
             self._captured.append((numbers, error_norms(captured)))
         return output

@@ -48,8 +48,24 @@ def plan_epoch(scores: Tensor, seen: Tensor, ratio: float, generator: torch.Gene
     return (weights > 0).nonzero()[:, 0], weights
 
 
+def by_step(weights: Tensor) -> Tensor:
+    """An epoch's weights for a run whose steps are counted, and not its epochs.
+
+    The weights of :func:`plan_epoch` add up to the number of samples: fewer steps an epoch are larger by as much. Where
+    the steps are given, each has to have the gradient of all samples by itself: the mean weight of those that stay is
+    1.
+    """
+    stay = weights > 0
+    return weights * (stay.sum() / weights.sum())
+
+
 class InfoBatch(TechniqueCallback):
     """Train on fewer samples an epoch; the expected gradient stays that of all of them.
+
+    In a run of ``max_epochs`` that is the sum over an epoch: it has fewer steps, and each is larger by as much. In a
+    run of ``max_steps`` it is the mean of each step.
+
+    What a step logs of its loss is the plain mean over the batch; the weighted one is ``eke/infobatch/weighted_loss``.
 
     Losses of single samples are captured from ``eke.reduce_loss(losses)`` in ``training_step``, or from its one plain
     ``cross_entropy``.
@@ -118,6 +134,7 @@ class InfoBatch(TechniqueCallback):
         with capture(len(numbers), lambda losses: None if bool((weights == 1).all()) else weights, batch) as captured:
             output = call_next(batch, *args)
         losses = captured.check()
+        run.log("weighted_loss", captured.weighted)
         if run.first_pass:
             self._captured.append((numbers, losses))
         return output
@@ -148,6 +165,7 @@ class InfoBatch(TechniqueCallback):
 
     def _plan(self, run: Run, epoch: int) -> None:
         prunes = self.start <= epoch and run.progress.share < 1 - self.anneal
-        kept, self._weights = plan_epoch(self._scores, self._seen & prunes, self.ratio, self.generator)
+        kept, weights = plan_epoch(self._scores, self._seen & prunes, self.ratio, self.generator)
+        self._weights = by_step(weights) if run.trainer.max_steps > 0 else weights
         self._samples.kept = torch.zeros(self._samples.count, dtype=torch.bool)
         self._samples.kept[kept] = True

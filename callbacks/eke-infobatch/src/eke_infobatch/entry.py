@@ -2,6 +2,11 @@
 
 from eke import Technique, hookimpl
 
+
+def _exactness(ratio: float = 0.5) -> str:
+    return "exact" if ratio == 0 else "unbiased"
+
+
 RECORD = Technique(
     name="infobatch",
     kind="callback",
@@ -11,7 +16,7 @@ RECORD = Technique(
     topics=("importance sampling",),
     effects=("replaces samples", "keeps batch subset", "changes loss", "changes learning rate"),
     needs=("sized training data",),
-    exactness="unbiased",
+    exactness=_exactness,
     exceptions={
         "test_accumulated_gradients_equal_the_big_batch": "Epochs that leave samples out end in a batch of "
         "another size, and so do accumulated windows.",

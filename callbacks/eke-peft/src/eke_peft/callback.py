@@ -339,7 +339,7 @@ class PEFT(TechniqueCallback):
             optimizer.register_step_pre_hook(Apart(second, self.lr_ratio))
             optimizer.register_step_post_hook(join)
         if self._ranks is not None:
-            optimizer.register_step_post_hook(self._ranks.step)
+            self._ranks.follow(optimizer)
         return optimizer
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -15,6 +15,7 @@ from eke.seams.names import plain
 from peft import AdaLoraConfig
 from peft.tuners.adalora.layer import RankAllocator
 from torch import nn
+from torch.optim import Optimizer
 
 from eke_peft.errors import PEFTError
 from eke_peft.library import UNTIL_KNOWN
@@ -37,6 +38,7 @@ class Ranks:
         self.allocator: RankAllocator | None = None
         self.steps, self.pattern = 0, {}
         self._scores: dict[str, dict[str, torch.Tensor]] = {}
+        self._followed = False
 
     def begin(self, total: float) -> None:
         """Start, or go on with, a run of so many optimizer steps.
@@ -60,6 +62,20 @@ class Ranks:
             for kind in _SCORES:
                 if (known := self._scores.get(kind, {}).get(plain(name))) is not None:
                     getattr(self.allocator, kind)[name] = known.to(parameter.device)
+
+    def follow(self, optimizer: Optimizer) -> None:
+        """Score and mask after each step of the run's one optimizer.
+
+        Raises:
+            PEFTError: of several.
+        """
+        if self._followed:
+            raise PEFTError(
+                "AdaLoRA takes ranks away by the steps of one optimizer, and configure_optimizers gives several. Give "
+                "one, or another method, such as PEFT('lora')."
+            )
+        self._followed = True
+        optimizer.register_step_post_hook(self.step)
 
     def regularize(self) -> None:
         """Add the gradient of how far the matrices are from orthogonal, in the mean over them."""

@@ -1,8 +1,8 @@
 """The effect report: on the user's own run, what does each technique give, and how busy is the machine?
 
-A technique that does not change the mathematics can be switched off for a few steps and on again. That is done in
-short blocks, off and on in turn, so that a machine which slows down slows both. A technique that does change it cannot:
-what it gives takes paired runs, :func:`eke_report.paired`.
+A technique that acts on the model alone and does not change the mathematics can be switched off for a few steps and on
+again. That is done in short blocks, off and on in turn, so that a machine which slows down slows both. Any other is
+measured at the end, in short runs of copies of the model, with it and without it in turn.
 """
 
 from __future__ import annotations
@@ -17,17 +17,29 @@ from typing import Any, ClassVar
 
 import eke
 import torch
-from eke import Run, Technique, TechniqueCallback, measure
+from eke import EkeError, Run, Technique, TechniqueCallback, measure
 from eke.seams.batch import tensors
-from eke.seams.trial import clock, compare, compiled, turns
+from eke.seams.trial import clock, compare, compiled, switch_off, switch_on, turns
+from eke.strategies import arguments_of
 from lightning.pytorch import LightningModule, Trainer
 
+from eke_report.copies import Copies, silence
 from eke_report.entry import RECORD
 from eke_report.text import render
 
 RUN = ("run", None)
 BLOCKS = len(turns(0))
-BUILT_IN = ("alter_optimizer", "alter_loader", "alter_batch", "around_step", "manifest", "shape_from", "eval_weights")
+BUILT_IN = (
+    "initialize",
+    "alter_optimizer",
+    "alter_schedulers",
+    "alter_loader",
+    "begin_samples",
+    "manifest",
+    "shape_from",
+    "alter_checkpoint",
+    "eval_weights",
+)
 
 
 class Report(TechniqueCallback):
@@ -41,6 +53,9 @@ class Report(TechniqueCallback):
         start: Optimizer steps before it begins to switch: what compiles and allocates should have done so.
         rounds: Of switching each technique off and on. Each takes four blocks.
         block: Batches in a block, of which the first is not timed.
+        pairs: Rounds of runs of copies for each technique that cannot be switched, four runs each; 0 makes none.
+        pair_steps: Optimizer steps of a copy's run, of which neither the first is timed nor the last, whose memory is
+            counted.
         ceilings: Measure the machine's best matrix product at the end, for about a second, to give a utilization.
         file: Name of the JSON file in the logger's folder, or in ``default_root_dir``; ``""`` writes none.
 
@@ -49,15 +64,31 @@ class Report(TechniqueCallback):
     """
 
     technique: ClassVar[Technique] = RECORD
+    writes_files: ClassVar[bool] = True
 
     def __init__(
-        self, *, start: int = 20, rounds: int = 5, block: int = 4, ceilings: bool = True, file: str = "effects.json"
+        self,
+        *,
+        start: int = 20,
+        rounds: int = 5,
+        block: int = 4,
+        pairs: int = 2,
+        pair_steps: int = 12,
+        ceilings: bool = True,
+        file: str = "effects.json",
     ) -> None:
         if start < 2 or rounds < 2 or block < 2:
             raise ValueError(
                 f"start={start}, rounds={rounds}, block={block} leave nothing to compare: each has to be 2 or more."
             )
+        if pairs == 1 or pairs < 0 or pair_steps < 4:
+            raise ValueError(
+                f"pairs={pairs}, pair_steps={pair_steps}: give 2 rounds or more, or 0 for none, of 4 steps or more."
+            )
         self.start, self.rounds, self.block, self.ceilings, self.file = start, rounds, block, ceilings, file
+        self.pairs, self.pair_steps = pairs, pair_steps
+        self._copies: Copies | None = None
+        self._no_copies = ""  # why there are none
         self.result: dict[str, Any] | None = None
         self._clear()
 
@@ -77,6 +108,27 @@ class Report(TechniqueCallback):
 
     # ------------------------------------------------------------------ a run
 
+    def check(self, run: Run) -> None:
+        self._copies, self._no_copies = None, ""
+        techniques = [one for one in eke.techniques(run.trainer) if one is not self] if run.fitting else []
+        fixed = [one for one in techniques if _fixed(one, run.module) and not type(one).writes_files]
+        if not fixed:
+            return
+        if self.pairs == 0:
+            self._no_copies = "pairs=0 asks for no runs of copies"
+        elif run.world_size > 1:
+            self._no_copies = f"the run has {run.world_size} processes, and copies would have one"
+        else:
+            try:
+                self._copies = Copies(run.trainer, run.module, techniques, self.pair_steps)
+            except Exception as error:
+                self._no_copies = f"{type(run.module).__name__} or a technique cannot be copied: {error}"
+
+    def alter_loader(self, run: Run, loader: Any) -> Any:
+        if self._copies is not None:
+            self._copies.take_data(loader)
+        return loader
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._clear()
         self.result = None
@@ -90,6 +142,11 @@ class Report(TechniqueCallback):
         for part in (trainer.strategy, trainer.precision_plugin):
             if (record := getattr(type(part), "technique", None)) is not None:
                 self._why_not[record.name] = "it is part of the Trainer for the whole run"
+        if self._copies is not None:
+            try:
+                self._copies.take_batches(trainer)
+            except EkeError as error:
+                self._copies, self._no_copies = None, str(error).rstrip(".")
         # Compiled code cannot run while operators are counted; with several processes a share would be taken for all.
         self._script = [*self._plan(count=trainer.world_size == 1 and not compiled(pl_module))][::-1]
         self._doing: tuple[str, Any] = ("wait", None)
@@ -144,6 +201,10 @@ class Report(TechniqueCallback):
     def end_run(self, run: Run) -> None:
         self._stop_counting()
         self._off = None  # the coordinator restores all of them
+        self._copies = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_copies": None}
 
     # ------------------------------------------------------------------ switching
 
@@ -178,10 +239,10 @@ class Report(TechniqueCallback):
         if self._off is off:
             return
         if self._off is not None:
-            self._off.alter_model(self._off.run)
+            with silence():
+                switch_on(self._off)
         if off is not None:
-            off.end_run(off.run)
-            off.run.close()
+            switch_off(off)
         self._off = off
 
     def _stop_counting(self) -> None:
@@ -225,8 +286,18 @@ class Report(TechniqueCallback):
             name = type(technique).technique.name
             result["techniques"][name] = self._effect(name)
         for name, reason in self._why_not.items():
-            result["techniques"][name] = {"measured": False, "why": f"{reason}: what it gives takes paired runs"}
+            result["techniques"][name] = self._of_copies(name, reason, pl_module)
         return result
+
+    def _of_copies(self, name: str, reason: str, pl_module: LightningModule) -> dict[str, Any]:
+        """What a technique gives that was not switched for that reason."""
+        if self._copies is not None and name in self._copies.techniques and self.progress.steps >= self.start:
+            return self._copies.effect(name, pl_module, self.pairs)
+        why = self._no_copies
+        if self._copies is not None and self.progress.steps < self.start:
+            why = f"the run ended before start={self.start} steps"
+        why = f"{reason}, and {why}" if why else reason
+        return {"measured": False, "why": f"{why}: what it gives takes paired runs"}
 
     def _effect(self, name: str) -> dict[str, Any]:
         rounds = [one for one in self._states.get(name, ()) if len(one) == BLOCKS]
@@ -258,7 +329,7 @@ def _name(technique: TechniqueCallback | None) -> str:
 
 def _fixed(technique: TechniqueCallback, pl_module: LightningModule) -> str | None:
     """Why a technique cannot be switched off for a few steps; None if it can."""
-    exactness = type(technique).technique.exactness
+    exactness = type(technique).technique.exactness_of(arguments_of(technique))
     if exactness not in ("exact", "reordered sums"):
         return f"it changes the mathematics ({exactness})"
     kinds = [name for name in BUILT_IN if getattr(type(technique), name) is not getattr(TechniqueCallback, name)]

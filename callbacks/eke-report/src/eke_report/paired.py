@@ -71,7 +71,7 @@ def _train(
     warmup: int,
     given: dict[str, Any],
 ) -> dict[str, Any]:
-    watch = _Watch(warmup)
+    watch = Watch(warmup)
     techniques = eke.trainer_kwargs(**recipe)
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, **given, **techniques}
     options["callbacks"] = [watch, *given.get("callbacks", ()), *techniques.get("callbacks", ())]
@@ -80,7 +80,7 @@ def _train(
     return {"step_s": median(watch.times), "memory": watch.memory, "loss": fmean(last)}
 
 
-class _Watch(Callback):
+class Watch(Callback):
     """Times batches, keeps losses, and tracks the memory of the last batch."""
 
     def __init__(self, warmup: int) -> None:

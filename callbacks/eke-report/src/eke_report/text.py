@@ -42,7 +42,8 @@ def _effect(name: str, effect: dict[str, Any]) -> str:
     if not effect["measured"]:
         return f"not measured: {effect['why']}{memory}"
     ratio, low, high = effect["step_ratio"]
-    spread = f"[{low:.2f}, {high:.2f}] in {effect['rounds']} rounds"
+    copies = f" of copies of {effect['copies']} steps" if effect.get("copies") else ""
+    spread = f"[{low:.2f}, {high:.2f}] in {effect['rounds']} rounds{copies}"
     control = f"A/A {effect['control'][1]:.2f} to {effect['control'][2]:.2f}"
     if effect["told_apart"]:
         said = f"a step takes {ratio:.2f} of its time without it {spread}; {control}"

@@ -2,6 +2,11 @@
 
 from eke import Technique, hookimpl
 
+
+def _exactness(start: float = 0.5) -> str:
+    return "exact" if start == 1 else "model-changing"
+
+
 RECORD = Technique(
     name="resolution",
     kind="callback",
@@ -12,7 +17,7 @@ RECORD = Technique(
     survey=("progressive-res",),
     effects=("changes batch content", "changes hidden states"),
     tolerates=("awaited blocks",),
-    exactness="model-changing",
+    exactness=_exactness,
 )
 
 MODELS = ("TinyViT",)  # of the kit's

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from eke import EkeError, Run, Technique, TechniqueCallback
 from eke.seams.batch import rows
+from eke.seams.losses import showing
 from eke.seams.samples import Samples
 from eke.seams.scores import Scores, check_data
 from eke.seams.scoring import scoring_pass
@@ -103,14 +104,19 @@ class RhoLoss(TechniqueCallback):
     def around_step(self, run: Run, call_next: Any, batch: Any, *args: Any) -> Any:
         if self.keep == 1:
             return call_next(batch, *args)
-        chosen = run.once("chosen", lambda: self._choose(run, call_next, batch, args))
-        return call_next(rows(batch, chosen), *args)
+        chosen, mean = run.once("chosen", lambda: self._choose(run, call_next, batch, args))
+        with showing(mean) as shown:
+            output = call_next(rows(batch, chosen), *args)
+        if shown.mean is not None:
+            run.log("chosen_loss", shown.mean)
+        return output
 
-    def _choose(self, run: Run, step: Any, batch: Any, args: Any) -> Tensor:
-        """Numbers of the samples of a batch to train on."""
-        losses = scoring_pass(run.module, step, batch, *args, training=self.look == "training").losses
+    def _choose(self, run: Run, step: Any, batch: Any, args: Any) -> tuple[Tensor, Tensor]:
+        """Numbers of the samples of a batch to train on, and the mean loss of all of its samples."""
+        scored = scoring_pass(run.module, step, batch, *args, training=self.look == "training")
+        losses = scored.losses
         irreducible = torch.zeros(len(losses)) if self.file == ZERO else self._irreducible[self._samples.batch()]
-        return reducible(losses, irreducible, max(1, round(self.keep * len(losses))))
+        return reducible(losses, irreducible, max(1, round(self.keep * len(losses)))), scored.mean
 
     def state_dict(self) -> dict[str, Any]:
         return {"samples": self._samples.state_dict()}

@@ -2,6 +2,11 @@
 
 from eke import Technique, hookimpl
 
+
+def _exactness(keep: float = 0.1) -> str:
+    return "exact" if keep == 1 else "model-changing"
+
+
 RECORD = Technique(
     name="rho_loss",
     kind="callback",
@@ -10,8 +15,8 @@ RECORD = Technique(
     does="RHO-LOSS: trains on samples whose loss is high and would be low for a model that has not seen them",
     topics=("importance sampling",),
     effects=("replaces batch subset", "keeps loss"),
-    needs=("automatic optimization",),  # a batch is scored by a training_step that must not step
-    exactness="model-changing",
+    needs=("automatic optimization",),  # its scoring pass runs training_step without a step
+    exactness=_exactness,
     exceptions={
         "test_accumulated_gradients_equal_the_big_batch": "Samples are chosen within each batch, and two small batches "
         "choose others than a large one.",

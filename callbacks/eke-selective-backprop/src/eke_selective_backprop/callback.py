@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from eke import Run, Technique, TechniqueCallback
 from eke.seams.batch import rows
+from eke.seams.losses import showing
 from eke.seams.scoring import scoring_pass
 from torch import Tensor
 
@@ -87,12 +88,17 @@ class SelectiveBackprop(TechniqueCallback):
         self._kind = run.once("kind", lambda: "selects" if self.selecting() else "plain")
         if self._kind == "plain":
             return call_next(batch, *args)
-        chosen = run.once("chosen", lambda: self._choose(run, call_next, batch, args))
-        return call_next(rows(batch, chosen), *args)
+        chosen, mean = run.once("chosen", lambda: self._choose(run, call_next, batch, args))
+        with showing(mean) as shown:
+            output = call_next(rows(batch, chosen), *args)
+        if shown.mean is not None:
+            run.log("chosen_loss", shown.mean)
+        return output
 
-    def _choose(self, run: Run, step: Any, batch: Any, args: Any) -> Tensor:
-        """Numbers of the samples of a batch to train on."""
-        return select(scoring_pass(run.module, step, batch, *args).losses, self.keep, run.generator)
+    def _choose(self, run: Run, step: Any, batch: Any, args: Any) -> tuple[Tensor, Tensor]:
+        """Numbers of the samples of a batch to train on, and the mean loss of all of its samples."""
+        scored = scoring_pass(run.module, step, batch, *args)
+        return select(scored.losses, self.keep, run.generator), scored.mean
 
     def step_kind(self) -> str:
         return self._kind

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from eke import Run, Technique, TechniqueCallback, in_run
@@ -24,46 +24,50 @@ from torch.nn import functional as F
 from eke_token_merge.entry import RECORD
 
 
-def match(keys: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def match(keys: Tensor, count: int, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Which tokens are joined: bipartite soft matching.
 
-    Tokens at even places may go into tokens at odd places; each into the one whose key is most alike, by the cosine.
-    The ``count`` most alike pairs are taken.
+    Every other token may go, into one of those between; each into the one whose key is most alike, by the cosine. The
+    ``count`` most alike pairs are taken.
 
     Args:
         keys: (batch, tokens, size).
         count: At most half of the tokens, rounded down.
+        first: Place of the first token that may go, 0 or 1.
 
     Returns:
-        Even tokens that stay, rising, (batch, even - count); even tokens that go, (batch, count); and the odd ones they
-        go into, likewise: numbers among the even and the odd tokens.
+        Of those that may go the ones that stay, rising, (batch, number - count), and the ones that go, (batch, count);
+        and the others that these go into, likewise: numbers among those that may go and among the others.
 
     Source:
         Bolya et al. 2023, section 3, and appendix D.
     """
     keys = F.normalize(keys.float(), dim=-1)
-    alike, best = (keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)).max(-1)
+    alike, best = (keys[:, first::2] @ keys[:, 1 - first :: 2].transpose(1, 2)).max(-1)
     order = alike.argsort(dim=1, descending=True, stable=True)
     goes = order[:, :count]
     return order[:, count:].sort(1).values, goes, best.gather(1, goes)
 
 
-def merge(tokens: Tensor, sizes: Tensor, stays: Tensor, goes: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
+def merge(
+    tokens: Tensor, sizes: Tensor, stays: Tensor, goes: Tensor, into: Tensor, first: int = 0
+) -> tuple[Tensor, Tensor]:
     """Join tokens as :func:`match` says, each the mean of what it stands for.
 
     Args:
         tokens, sizes: (batch, tokens, width), and how many patches each stands for, (batch, tokens).
-        stays, goes, into: From :func:`match`.
+        stays, goes, into: From :func:`match`, with the same ``first``.
 
     Returns:
-        The even tokens that stay, then all odd ones, and their sizes.
+        Those that might have gone and stay, then all the others, and their sizes.
     """
     weighted = tokens * sizes[..., None].to(tokens.dtype)
-    even, odd = weighted[:, ::2], weighted[:, 1::2]
+    some, others = weighted[:, first::2], weighted[:, 1 - first :: 2]
     wide = partial(_wide, width=tokens.shape[-1])
-    joined = torch.cat([even.gather(1, wide(stays)), odd.scatter_add(1, wide(into), even.gather(1, wide(goes)))], dim=1)
-    even, odd = sizes[:, ::2], sizes[:, 1::2]
-    sizes = torch.cat([even.gather(1, stays), odd.scatter_add(1, into, even.gather(1, goes))], dim=1)
+    grown = others.scatter_add(1, wide(into), some.gather(1, wide(goes)))
+    joined = torch.cat([some.gather(1, wide(stays)), grown], dim=1)
+    some, others = sizes[:, first::2], sizes[:, 1 - first :: 2]
+    sizes = torch.cat([some.gather(1, stays), others.scatter_add(1, into, some.gather(1, goes))], dim=1)
     return joined / sizes[..., None].to(tokens.dtype), sizes
 
 
@@ -82,6 +86,9 @@ class TokenMerge(TechniqueCallback):
         count: Patches that each block joins into others. At most half of those that are left.
         tail: Share of the run, at its end, in which nothing is merged.
         proportional: Add the logarithm of a token's size to the attention that it gets.
+        divide: Which patches may go into the others: of the ``"tokens"``, the model's own counted, every other one, as
+            in the authors' code: with a class token in front the second patch, the fourth and so on; or of the
+            ``"patches"`` the first, the third and so on.
         evaluate: Merge in validation, testing and prediction, too. Otherwise they see all patches.
         prefix: Tokens of the model's own in front of the patches. By default found, see :mod:`eke.seams.patches`.
         blocks: Dotted paths of lists of blocks, one or several. By default those that see images: of an image and a
@@ -105,6 +112,7 @@ class TokenMerge(TechniqueCallback):
         *,
         tail: float = 0.0,
         proportional: bool = True,
+        divide: Literal["tokens", "patches"] = "tokens",
         evaluate: bool = False,
         prefix: int | None = None,
         blocks: str | Sequence[str] | None = None,
@@ -115,7 +123,10 @@ class TokenMerge(TechniqueCallback):
             raise ValueError(f"tail={tail}: give a share of the run.")
         if prefix is not None and prefix < 0:
             raise ValueError(f"prefix={prefix}: give 0 or more tokens.")
+        if divide not in ("tokens", "patches"):
+            raise ValueError(f"divide={divide!r} is none of: tokens, patches.")
         self.count, self.tail, self.proportional, self.evaluate = count, tail, proportional, evaluate
+        self.divide = divide
         self.prefix, self.blocks = prefix, blocks
 
     def check(self, run: Run) -> None:
@@ -184,6 +195,7 @@ class Merge:
     def __init__(self, owner: TokenMerge, state: dict[str, Any], block: nn.Module, first: bool) -> None:
         self.count, self.proportional, self.prefix = owner.count, owner.proportional, owner.prefix
         self.first, self.state = first, state
+        self.divide = owner.divide
         self.attention = attention_sites(block)[0]
         self.compiled = getattr(block, "_compiled_call_impl", None) is not None
         self.recomputed = getattr(block, "gradient_checkpointing", False)  # Hugging Face's
@@ -205,8 +217,9 @@ class Merge:
         count = min(self.count, (hidden.shape[1] - own) // 2)
         if count and watch.keys is not None:  # None: another technique skipped the block
             tokens = output[0] if isinstance(output, tuple) else output
-            chosen = match(watch.keys[:, own:].detach(), count)
-            joined, grown = merge(tokens[:, own:], sizes[:, own:], *chosen)
+            first = own % 2 if self.divide == "tokens" else 0
+            chosen = match(watch.keys[:, own:].detach(), count, first)
+            joined, grown = merge(tokens[:, own:], sizes[:, own:], *chosen, first)
             state["sizes"] = torch.cat([sizes[:, :own], grown], dim=1)
             tokens = torch.cat([tokens[:, :own], joined], dim=1)
             output = (tokens, *output[1:]) if isinstance(output, tuple) else tokens

@@ -35,6 +35,7 @@ def effects() -> str:
         "What a strategy imposes; who touches what stands in brackets has to tolerate it": {
             word: f"{definition} ({', '.join(resources)})" for word, (definition, resources) in spec.IMPOSITIONS.items()
         },
+        "What becomes of the numbers": spec.EXACTNESS,
         "Where resources are settled: methods of a technique": {
             seam: ", ".join(resources) for seam, resources in spec.SEAMS.items()
         },
@@ -62,7 +63,7 @@ def _record(record: Technique) -> str:
         ("needs", ", ".join(record.needs)),
         ("conflicts", "; ".join(f"{other}: {reason}" for other, reason in record.conflicts.items())),
         ("after", ", ".join(record.after)),
-        ("exactness", record.exactness),
+        ("exactness", _by_default(record, record.exactness, record.exactness_of)),
         ("tolerates", _by_default(record, record.tolerates, record.tolerated)),
     ]
     if record.kind == "strategy":
@@ -70,15 +71,18 @@ def _record(record: Technique) -> str:
     return _two_columns([(key, value or "none") for key, value in lines])
 
 
-def _by_default(record: Technique, words: object, by: Callable[[dict[str, Any]], tuple[str, ...]]) -> str:
+def _by_default(record: Technique, words: Any, by: Callable[[dict[str, Any]], tuple[str, ...] | str]) -> str:
+    def listed(words: tuple[str, ...] | str) -> str:
+        return words if isinstance(words, str) else ", ".join(words)
+
     if not callable(words):
-        return ", ".join(words)
+        return listed(words)
     given = {
         name: parameter.default
         for name, parameter in inspect.signature(record.resolve()).parameters.items()
         if parameter.default is not parameter.empty
     }
-    return f"{', '.join(by(given)) or 'none'}; other arguments may change it"
+    return f"{listed(by(given)) or 'none'}; other arguments may change it"
 
 
 def _arguments(record: Technique) -> str:

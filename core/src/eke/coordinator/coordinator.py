@@ -44,6 +44,7 @@ class Coordinator(Hooks):
         self._swap: Swap | None = None
         self._before_step: list[Callable[..., Any]] = []
         self._gradients: GradientCheck | None = None
+        self._states: dict[str, dict[str, Any]] = {}  # of techniques that are paused
         self._resumed: dict[str, Any] = {}  # the checkpoint's, until training starts
         self._begins_with: dict[str, Any] = {}  # what this process had of its own, from a checkpoint
 
@@ -99,9 +100,7 @@ class Coordinator(Hooks):
         except BaseException:
             self.close()
             raise
-        self.listeners = {
-            hook: [getattr(one, hook) for one in self.techniques if opening.overrides(one, hook)] for hook in HOOKS
-        }
+        self._listen()
         self._before_step = self._wiring.at("before_optimizer_step")
         masks = self._masks if self._any("weights") else None
         if masks is not None:  # after all others: they see the gradients of all weights
@@ -112,6 +111,31 @@ class Coordinator(Hooks):
             outermost = [one.around for one in (shared.passes, shared.terms) if one is not None]
             self._wiring.step(module, outermost, packing)
             self._wiring.optimizer_step(trainer, masks)
+
+    def _listen(self) -> None:
+        heard = [one for one in self.techniques if not one._run.paused]
+        self.listeners = {hook: [getattr(one, hook) for one in heard if opening.overrides(one, hook)] for hook in HOOKS}
+
+    def pause(self, technique: TechniqueCallback) -> None:
+        """End a technique's run, and call nothing of it until :meth:`resume`. Between two batches."""
+        run = technique._run
+        self._states[run.name] = technique.state_dict()
+        technique.end_run(run)
+        run.close()
+        forget_run(technique)
+        run.paused = True
+        self._listen()
+
+    def resume(self, technique: TechniqueCallback) -> None:
+        """Open a paused technique's run again, as a resumed one is opened."""
+        run = technique._run
+        run.paused = False
+        technique.check(run)
+        technique.alter_model(run)
+        if state := self._states.pop(run.name):
+            technique.load_state_dict(state)
+        technique.on_train_start(run.trainer, run.module)
+        self._listen()
 
     def _wire(self, trainer: Trainer, module: LightningModule, fitting: bool) -> None:
         wiring = self._wiring
@@ -155,7 +179,7 @@ class Coordinator(Hooks):
             wiring.remove()
             self.position.detach()
             self.progress.connect(None)
-            self.runs, self._passes, self._before_step, self._gradients = {}, None, [], None
+            self.runs, self._passes, self._before_step, self._gradients, self._states = {}, None, [], None, {}
             for technique in self.techniques:
                 technique._run = None
                 forget_run(technique)

@@ -85,9 +85,9 @@ def seed(techniques: list[TechniqueCallback], trainer: Trainer) -> None:
 def _automatic_optimization(technique: TechniqueCallback, run: Run) -> None:
     if not run.module.automatic_optimization:
         raise RunError(
-            f"{type(technique).__name__} needs the steps of training one by one, and {type(run.module).__name__} takes "
-            "them inside of training_step (automatic_optimization=False). Leave the technique out, or let Lightning "
-            "optimize."
+            f"{type(technique).__name__} needs backward and the optimizer's step apart from training_step, in which "
+            f"{type(run.module).__name__} does them by hand (automatic_optimization=False). Leave the technique out, "
+            "or let Lightning optimize."
         )
 
 

@@ -42,7 +42,7 @@ class Wiring:
     def at(self, method: str) -> list[Callable[..., Any]]:
         """A seam's guests, in its order: each technique's ``method`` with its run, of those that have one."""
         return [
-            _with_run(getattr(one, method), self.runs[type(one).technique.name])
+            _with_run(getattr(one, method), _PAUSED.get(method, _nothing), self.runs[type(one).technique.name])
             for one in ordered(self.techniques, self.trainer, method)
             if overrides(one, method)
         ]
@@ -173,8 +173,20 @@ def _refuse_meta(module: LightningModule) -> None:
         )
 
 
-def _with_run(method: Callable[..., Any], run: Run) -> Callable[..., Any]:
-    return lambda *args, **kwargs: method(run, *args, **kwargs)
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+# What happens at a seam in place of a technique that is paused.
+_PAUSED: dict[str, Callable[..., Any]] = {
+    "around_step": lambda call_next, *args, **kwargs: call_next(*args, **kwargs),
+    "alter_batch": lambda batch: batch,
+    "alter_eval_batch": lambda batch: batch,
+}
+
+
+def _with_run(method: Callable[..., Any], instead: Callable[..., Any], run: Run) -> Callable[..., Any]:
+    return lambda *args, **kwargs: instead(*args, **kwargs) if run.paused else method(run, *args, **kwargs)
 
 
 def _alter_optimizers(returned: Any, optimizing: list[Callable[[Optimizer], Optimizer]]) -> Any:

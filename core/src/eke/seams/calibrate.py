@@ -34,8 +34,8 @@ from eke.seams.names import NamesError, match_parameters, plain
 from eke.seams.scoring import evaluating
 from eke.seams.shards import DTensor, local
 from eke.seams.state import rng_state, set_rng_state
-from eke.seams.step import loss_of, muted
-from eke.seams.trial import Snapshot, check_steppable, of_run, step_arguments, to_device
+from eke.seams.step import loss_of, muted, step_arguments
+from eke.seams.trial import Snapshot, check_steppable, of_run, to_device
 from eke.seams.wrap import bypassed
 from eke.spec import EkeError
 

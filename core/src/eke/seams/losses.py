@@ -1,7 +1,9 @@
 """One loss for each sample, out of a ``training_step`` that returns their mean.
 
-The trick it hides: the mean is taken in the user's code. :func:`reduce_loss` is a line to write in its place; a plain
-``cross_entropy`` is caught while the step runs, and only if it is beyond doubt what belongs to which sample.
+The tricks it hides: the mean is taken in the user's code. :func:`reduce_loss` is a line to write in its place; a plain
+``cross_entropy`` is caught while the step runs, and only if it is beyond doubt what belongs to which sample. And what
+the user logs is made of the same tensor that backward starts from: where samples are weighted or chosen, it shows the
+plain mean and has the other's gradient, so that a logged loss means what it meant without the technique.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from eke import compat
 from eke.seams.batch import tensors
 from eke.spec import EkeError
 
@@ -57,16 +60,22 @@ def reduce_loss(losses: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 class Capture:
-    """What one ``training_step`` gave.
+    """What one ``training_step`` gave. The mean that the step gets shows the plain mean, and has the weighted gradient.
 
     Args:
         samples: In the batch.
         weigh: Each sample's loss, (batch,), float32 and without graph, to its weight, or to None for all alike.
         batch: What the step trains on: tokens that were flattened are found in it again.
+        shows: A scalar to show in place of the plain mean of these samples, such as that of all they were chosen from.
+        known: The same step gave the losses of all samples that these were chosen from, one behind the other.
     """
 
-    def __init__(self, samples: int, weigh: Weigh, batch: Any = None) -> None:
-        self.samples, self.weigh, self.batch = samples, weigh, batch
+    def __init__(
+        self, samples: int, weigh: Weigh, batch: Any = None, shows: Tensor | None = None, known: bool = False
+    ) -> None:
+        self.samples, self.weigh, self.batch, self.shows, self.known = samples, weigh, batch, shows, known
+        self.mean: Tensor | None = None  # plain, without graph
+        self.weighted: Tensor | None = None  # what the gradient is of, without graph
         self.losses: Tensor | None = None  # (batch,), float32
         self.valid: Tensor | None = None  # (batch,) or (batch, length): what counts, 0 or 1
         self.source = ""
@@ -90,10 +99,13 @@ class Capture:
         count = valid.flatten(1).sum(1) if valid.ndim > 1 else valid
         summed = (losses * valid).flatten(1).sum(1) if losses.ndim > 1 else losses * valid
         self.losses = (summed.detach().float() / count.float().clamp(min=1)).cpu()
-        weights = self.weigh(self.losses)
-        if weights is not None:
-            summed = summed * weights.to(summed)
-        return summed.sum() / count.sum().clamp(min=1)
+        weights, total = self.weigh(self.losses), count.sum().clamp(min=1)
+        mean = summed.sum() / total
+        weighted = mean if weights is None else (summed * weights.to(summed)).sum() / total
+        self.mean, self.weighted = mean.detach(), weighted.detach()
+        if weights is None and self.shows is None:
+            return mean
+        return show(weighted, self.mean if self.shows is None else self.shows)
 
     def check(self) -> Tensor:
         """The losses.
@@ -109,11 +121,124 @@ class Capture:
             )
         return self.losses
 
+    def cross_entropy(self, func: Callable[..., Tensor], given: dict[str, Any]) -> Tensor:
+        """A call of ``cross_entropy``, its arguments by name."""
+        reduction = given.get("reduction", "mean")
+        if reduction == "none":
+            return func(**given)
+        weight = given.get("weight")
+        if reduction != "mean" or weight is not None or given.get("reduce") is not None or given.get("size_average"):
+            raise LossError(
+                f"training_step calls cross_entropy with reduction={reduction!r}"
+                f"{' and weights of classes' if weight is not None else ''}, whose samples are not told apart. Take "
+                "reduction='none' and return eke.reduce_loss(losses)."
+            )
+        target = given["target"]
+        if not self.known:
+            self._refuse_contrast(given["input"], target)
+        losses = func(**{**given, "reduction": "none"})
+        ignored = given.get("ignore_index", -100)
+        valid = torch.ones_like(losses)
+        if not target.is_floating_point():  # classes, and not their probabilities
+            valid = (target != ignored).to(losses.dtype)
+        rows = self._rows(losses, target, ignored)
+        self.logits, self.target = given["input"].detach(), target
+        self.smoothing = given.get("label_smoothing", 0.0)
+        return self.reduce(losses.reshape(rows), valid.reshape(rows), "cross_entropy")
+
+    def _refuse_contrast(self, logits: Tensor, target: Tensor) -> None:
+        """Each sample is the class of itself: a contrastive loss, which other samples of the batch make."""
+        # Of few classes a batch may hold each once, in order, by chance.
+        square = logits.ndim == 2 and logits.shape[0] == logits.shape[1] == self.samples >= 8
+        if square and torch.equal(target, torch.arange(len(logits), device=target.device)):
+            raise LossError(
+                "training_step compares each sample of the batch with every other, a contrastive loss: it is not the "
+                "mean of losses that belong to single samples, so samples cannot be weighed or chosen by it. If these "
+                "are classes after all, take reduction='none' and return eke.reduce_loss(losses)."
+            )
+
+    def _rows(self, losses: Tensor, target: Tensor, ignored: int) -> tuple[int, ...]:
+        """Shape of the losses by sample. Tokens may have been flattened, which a view or the batch shows; views of
+        images that were put one behind the other look the same in number only."""
+        samples, base = self.samples, target._base
+        if losses.ndim and len(losses) == samples:
+            return (samples,) if losses.numel() == samples else (samples, -1)
+        if samples == 1:
+            return (1, -1)  # whatever it is, it belongs to the one
+        if losses.ndim == 1 and losses.numel() == target.numel() and target.numel() % samples == 0:
+            whole = base is not None and base.ndim == 2 and base.numel() == target.numel()
+            known = self.known or (whole and base.shape[0] == samples)
+            if known or flattened_rows(target, samples, self.batch, ignored):
+                return (samples, -1)
+        raise LossError(
+            f"cross_entropy got targets of shape {tuple(target.shape)} in a step on {samples} samples: which loss "
+            "belongs to which sample is not known. Take reduction='none' and return eke.reduce_loss(losses)."
+        )
+
+
+class Shown(Capture):
+    """Of a step whose samples were chosen before it: its first mean of losses shows another value, and nothing is
+    refused that the step may do.
+
+    Attributes:
+        mean: The mean that the step took itself, None where it took none.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__(0, lambda losses: None, shows=value)
+
+    def reduce(self, losses: Tensor, valid: Tensor, source: str) -> Tensor:
+        return self._first((losses * valid).sum() / valid.sum().clamp(min=1))
+
+    def cross_entropy(self, func: Callable[..., Tensor], given: dict[str, Any]) -> Tensor:
+        loss = func(**given)
+        return loss if loss.ndim or given.get("reduction", "mean") != "mean" else self._first(loss)
+
+    def _first(self, mean: Tensor) -> Tensor:
+        if self.mean is not None:
+            return mean
+        self.mean = mean.detach()
+        return show(mean, self.shows)
+
+
+def show(loss: Tensor, value: Tensor) -> Tensor:
+    """A scalar with the value of ``value`` and the gradient of ``loss``."""
+    return _Show.apply(loss, value.to(loss))
+
+
+class _Show(torch.autograd.Function):
+    @staticmethod
+    def forward(loss: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
 
 @contextmanager
-def capture(samples: int, weigh: Weigh, batch: Any = None) -> Iterator[Capture]:
-    """Capture and weigh the losses of the samples of one step inside."""
-    captured = Capture(samples, weigh, batch)
+def capture(
+    samples: int, weigh: Weigh, batch: Any = None, *, shows: Tensor | None = None, known: bool = False
+) -> Iterator[Capture]:
+    """Capture and weigh the losses of the samples of one step inside. Arguments as of :class:`Capture`."""
+    with _caught(Capture(samples, weigh, batch, shows, known)) as captured:
+        yield captured
+
+
+@contextmanager
+def showing(value: Tensor) -> Iterator[Shown]:
+    """Let the first mean of losses inside show ``value``, such as the mean over the batch of which a step trains on a
+    part, and keep its own gradient."""
+    with _caught(Shown(value)) as shown:
+        yield shown
+
+
+@contextmanager
+def _caught(captured: Capture) -> Iterator[Any]:
     token = _capture.set(captured)
     try:
         with _CrossEntropy(captured):
@@ -130,65 +255,18 @@ class _CrossEntropy(TorchFunctionMode):
         self.captured = captured
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
         if func is not F.cross_entropy:
-            return func(*args, **kwargs)
+            return func(*args, **(kwargs or {}))
         names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        reduction = given.get("reduction", "mean")
-        if reduction == "none":
-            return func(*args, **kwargs)
-        weight = given.get("weight")
-        if reduction != "mean" or weight is not None or given.get("reduce") is not None or given.get("size_average"):
-            raise LossError(
-                f"training_step calls cross_entropy with reduction={reduction!r}"
-                f"{' and weights of classes' if weight is not None else ''}, whose samples are not told apart. Take "
-                "reduction='none' and return eke.reduce_loss(losses)."
-            )
-        target = given["target"]
-        self._refuse_contrast(given["input"], target)
-        losses = func(**{**given, "reduction": "none"})
-        ignored = given.get("ignore_index", -100)
-        valid = torch.ones_like(losses)
-        if not target.is_floating_point():  # classes, and not their probabilities
-            valid = (target != ignored).to(losses.dtype)
-        rows = self._rows(losses, target, ignored)
-        self.captured.logits, self.captured.target = given["input"].detach(), target
-        self.captured.smoothing = given.get("label_smoothing", 0.0)
-        return self.captured.reduce(losses.reshape(rows), valid.reshape(rows), "cross_entropy")
-
-    def _refuse_contrast(self, logits: Tensor, target: Tensor) -> None:
-        """Each sample is the class of itself: a contrastive loss, which other samples of the batch make."""
-        # Of few classes a batch may hold each once, in order, by chance.
-        square = logits.ndim == 2 and logits.shape[0] == logits.shape[1] == self.captured.samples >= 8
-        if square and torch.equal(target, torch.arange(len(logits), device=target.device)):
-            raise LossError(
-                "training_step compares each sample of the batch with every other, a contrastive loss: it is not the "
-                "mean of losses that belong to single samples, so samples cannot be weighed or chosen by it. If these "
-                "are classes after all, take reduction='none' and return eke.reduce_loss(losses)."
-            )
-
-    def _rows(self, losses: Tensor, target: Tensor, ignored: int) -> tuple[int, ...]:
-        """Shape of the losses by sample. Tokens may have been flattened, which a view or the batch shows; views of
-        images that were put one behind the other look the same in number only."""
-        samples, base = self.captured.samples, target._base
-        if losses.ndim and len(losses) == samples:
-            return (samples,) if losses.numel() == samples else (samples, -1)
-        if losses.ndim == 1 and losses.numel() == target.numel() and target.numel() % samples == 0:
-            whole = base is not None and base.ndim == 2 and base.numel() == target.numel()
-            if (whole and base.shape[0] == samples) or flattened_rows(target, samples, self.captured.batch, ignored):
-                return (samples, -1)
-        raise LossError(
-            f"cross_entropy got targets of shape {tuple(target.shape)} in a step on {samples} samples: which loss "
-            "belongs to which sample is not known. Take reduction='none' and return eke.reduce_loss(losses)."
-        )
+        return self.captured.cross_entropy(func, {**dict(zip(names, args, strict=False)), **(kwargs or {})})
 
 
 def flattened_rows(target: Tensor, samples: int, batch: Any, ignored: int = -100) -> bool:
     """Whether flat targets are one sample's tokens after the other's, beyond doubt.
 
     They are if they agree, but for those ignored, with the first or the last tokens of each row of a tensor of the
-    batch, and would not if they were read column by column.
+    batch, and would not if they were read column by column; or if that comes to the same, because all that count
+    belong to one sample either way.
 
     Args:
         target: (samples * length,), integer.
@@ -198,6 +276,11 @@ def flattened_rows(target: Tensor, samples: int, batch: Any, ignored: int = -100
     """
     by_row, by_column = target.reshape(samples, -1), target.reshape(-1, samples).T
     length = by_row.shape[1]
+    place = torch.arange(target.numel(), device=target.device)
+    if not compat.has_values(target):  # a dry run, which asks for sizes
+        return True
+    if bool(((place // length == place % samples) | (target == ignored)).all()):
+        return True
 
     def agrees(read: Tensor, tokens: Tensor) -> bool:
         ends = (tokens[:, :length], tokens[:, -length:])

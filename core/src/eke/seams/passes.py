@@ -2,8 +2,9 @@
 
 The tricks it hides: an optimizer that calls Lightning's closure twice breaks accumulation and the gradient scaler and
 logs the wrong loss; the other techniques would draw, count and choose again; dropout would draw other masks; running
-statistics would move twice; DDP must reduce only on a window's last pass; gradients lie unscaled between backward and
-the optimizer's step, and a second backward under the scaler has to be unscaled by hand.
+statistics, metrics and what a step notes for itself would move twice; DDP must reduce only on a window's last pass;
+gradients lie unscaled between backward and the optimizer's step, and a second backward under the scaler has to be
+unscaled by hand.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.optim import Optimizer
 from eke import compat
 from eke.seams import interceptor
 from eke.seams.state import rng_state, set_rng_state
-from eke.seams.step import loss_of, muted, no_sync
+from eke.seams.step import loss_of, muted, no_sync, notes_kept
 from eke.spec import ConflictError
 
 
@@ -97,7 +98,7 @@ class Passes:
 
     def _pass(self, seen: _Seen, last: bool) -> None:
         trainer = self.trainer
-        with muted(self.module), nullcontext() if last else no_sync(trainer):
+        with muted(self.module), notes_kept(self.module), nullcontext() if last else no_sync(trainer):
             loss = loss_of(trainer.strategy.training_step(*seen.args)) / trainer.accumulate_grad_batches
             trainer.precision_plugin.backward(loss * compat.loss_scale(trainer), self.module, self.optimizer)
 

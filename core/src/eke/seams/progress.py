@@ -3,7 +3,8 @@ resume, and where epochs change their length.
 
 The tricks it hides: ``trainer.global_step`` counts optimizer steps only where Lightning itself accumulates; DeepSpeed
 accumulates out of Lightning's sight, and there it counts batches. ``estimated_stepping_batches`` is made once, from
-the first epoch's length, and is -1, which passes for a number, where data has no length.
+the first epoch's length, and is -1, which passes for a number, where data has no length. And a module that steps
+several optimizers by hand counts each of them, so that half of a run would seem to be all of it.
 """
 
 from __future__ import annotations
@@ -49,13 +50,13 @@ class Progress:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps done."""
+        """Optimizer steps done. Of several optimizers that a module steps by hand, one step of each counts one."""
         trainer = self.trainer
         if trainer is None:
             return self._steps
         if trainer.strategy.handles_gradient_accumulation:
             return trainer.global_step // trainer.accumulate_grad_batches
-        return trainer.global_step
+        return trainer.global_step // _by_hand(trainer)
 
     @property
     def share(self) -> float:
@@ -67,7 +68,7 @@ class Progress:
         if trainer is None:
             return 0.0
         if trainer.max_steps > 0:
-            shares.append(self.steps / trainer.max_steps)
+            shares.append(self.steps * _by_hand(trainer) / trainer.max_steps)
         if trainer.max_epochs is not None and trainer.max_epochs > 0 and isfinite(self._batches):
             window = trainer.accumulate_grad_batches
             whole = ceil(self._batches / window)
@@ -92,6 +93,8 @@ class Progress:
                 f"{who} goes by the length of the run, which is not known: the Trainer has neither max_steps nor "
                 f"max_epochs over data of a known length. Give Trainer(max_steps=...){instead and f', or {instead}'}."
             )
+        if self.trainer.max_steps > 0:  # which counts the steps of all optimizers
+            steps = min(steps, self.trainer.max_steps // _by_hand(self.trainer))
         return int(steps)
 
     def connect(self, trainer: Trainer | None, counts: frozenset[str] = frozenset()) -> None:
@@ -126,6 +129,12 @@ class Progress:
         self.samples = state["samples"]
         self.tokens = state["tokens"]
         self._epoch, self._batch = state["epoch"], state["batch"]
+
+
+def _by_hand(trainer: Trainer) -> int:
+    """How many optimizers a module steps by hand, 1 where Lightning does it. Before they are there: 1."""
+    module = trainer.lightning_module
+    return 1 if module is None or module.automatic_optimization else max(1, len(trainer.optimizers))
 
 
 class Until:

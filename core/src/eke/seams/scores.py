@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from eke.seams.batch import named_parts, rows, size
-from eke.seams.scoring import error_norms, evaluating, scoring_pass
-from eke.seams.step import muted, step_arguments
+from eke.seams.scoring import check_scorable, error_norms, evaluating, scoring_pass
+from eke.seams.step import muted, notes_kept, step_arguments
 from eke.spec import EkeError
 
 Collate = Callable[[list[Any]], Any]
@@ -161,10 +161,11 @@ def score(
         device: By default the one that the model is on.
 
     Raises:
-        ValueError: another kind; losses that cannot be followed back to the samples.
+        ValueError: another kind; losses that cannot be followed back to the samples; a module that optimizes by hand.
     """
     if kind not in ("loss", "el2n", "grand"):
         raise ValueError(f"kind={kind!r} is none of: loss, el2n, grand.")
+    check_scorable(pl_module)
     device = torch.device(device) if device is not None else pl_module.device
     pl_module.to(device)
     found: list[Tensor] = []
@@ -213,7 +214,7 @@ def cross_scores(
 def _lengths(pl_module: LightningModule, batch: Any, *arguments: Any) -> Iterator[Tensor]:
     """Of the gradient of each sample's loss by all trained weights, each (1,)."""
     weights = [weight for weight in pl_module.parameters() if weight.requires_grad]
-    with muted(pl_module), evaluating(pl_module):
+    with muted(pl_module), notes_kept(pl_module), evaluating(pl_module):
         for number in range(size(batch)):
             with torch.enable_grad():
                 output = pl_module.training_step(rows(batch, torch.tensor([number])), *arguments)

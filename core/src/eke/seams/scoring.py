@@ -7,7 +7,7 @@ casts of weights that a pass without graph made, through which the step would th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from eke.seams.batch import size
 from eke.seams.losses import Capture, LossError, capture
-from eke.seams.step import muted
+from eke.seams.step import muted, notes_kept
 
 
 @contextmanager
@@ -48,6 +48,20 @@ def statistics_kept(module: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
+def check_scorable(pl_module: LightningModule) -> None:
+    """Refuse a module whose ``training_step`` cannot be taken without training.
+
+    Raises:
+        LossError: it optimizes by hand.
+    """
+    if not pl_module.automatic_optimization:
+        raise LossError(
+            f"{type(pl_module).__name__} optimizes by hand within training_step (automatic_optimization=False), which "
+            "therefore cannot be run to look at losses alone. Let Lightning optimize, or score with a module whose "
+            "training_step returns the loss."
+        )
+
+
 def scoring_pass(
     pl_module: LightningModule, step: Callable[..., Any], batch: Any, *args: Any, training: bool = False
 ) -> Capture:
@@ -58,12 +72,15 @@ def scoring_pass(
             statistics stay what they were.
 
     Raises:
-        LossError: losses that cannot be followed back to the samples.
+        LossError: losses that cannot be followed back to the samples; a module that optimizes by hand.
         BatchError: a batch whose number of samples is not known.
     """
+    check_scorable(pl_module)
     mode = statistics_kept(pl_module) if training else evaluating(pl_module)
-    silent = muted(pl_module), mode, torch.no_grad()
-    with silent[0], silent[1], silent[2], capture(size(batch), lambda losses: None, batch) as captured:
+    with ExitStack() as stack:
+        for part in (muted(pl_module), notes_kept(pl_module), mode, torch.no_grad()):
+            stack.enter_context(part)
+        captured = stack.enter_context(capture(size(batch), lambda losses: None, batch))
         step(batch, *args)
     torch.clear_autocast_cache()
     captured.check()

@@ -1,16 +1,21 @@
-"""Around the forward and backward of a step: no-sync, silent logging, the loss that a step returns."""
+"""Around the forward and backward of a step: no-sync, silent logging, the loss that a step returns, extra passes that
+leave no notes."""
 
 from __future__ import annotations
 
+import copy
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torchmetrics import Metric, MetricCollection
+
+from eke import compat
 
 
 def no_sync(trainer: Trainer) -> AbstractContextManager[None]:
@@ -22,6 +27,12 @@ def no_sync(trainer: Trainer) -> AbstractContextManager[None]:
 def loss_of(output: Tensor | Mapping[str, Any]) -> Tensor:
     """The loss in what ``training_step`` returned."""
     return output if isinstance(output, Tensor) else output["loss"]
+
+
+def log_own(trainer: Trainer, pl_module: LightningModule, owner: str, name: str, value: Tensor) -> None:
+    """Log a number of a technique's own as ``eke/<owner>/<name>``, at the Trainer's interval: logging costs."""
+    if compat.logs_now(trainer):
+        pl_module.log(f"eke/{owner}/{name}", value.detach())
 
 
 @contextmanager
@@ -40,10 +51,62 @@ def muted(pl_module: LightningModule) -> Iterator[None]:
                 vars(pl_module)[name] = value
 
 
+@contextmanager
+def notes_kept(pl_module: LightningModule) -> Iterator[None]:
+    """What a step notes for itself is as before afterwards: an extra pass counts nothing twice.
+
+    That is the state of torchmetrics anywhere in the module, and the module's own numbers, tensors, lists and
+    dictionaries, such as ``self.losses.append(loss)``. Not what lies in other objects of the user's.
+    """
+    metrics = [one for one in pl_module.modules() if isinstance(one, (Metric, MetricCollection))]
+    kept = [(one, {name: _copied(value) for name, value in _notes(one).items()}) for one in (pl_module, *metrics)]
+    try:
+        yield
+    finally:
+        for one, notes in kept:
+            for name in _notes(one).keys() - notes.keys():
+                del vars(one)[name]
+            for name, (value, content) in notes.items():
+                vars(one)[name] = _filled(value, content)
+
+
+_NOTES = (type(None), bool, int, float, complex, str, list, dict, set, deque, Tensor)
+_OF_MODULES = frozenset(vars(nn.Module()))  # parameters, buffers, hooks
+
+
+def _notes(owner: nn.Module) -> dict[str, Any]:
+    metric = not isinstance(owner, LightningModule)
+    return {
+        name: value
+        for name, value in vars(owner).items()
+        if name not in _OF_MODULES and isinstance(value, _NOTES) and (metric or not name.startswith("_"))
+    }
+
+
+def _copied(value: Any) -> tuple[Any, Any]:
+    """A note and its content: of containers one level, which is what grows."""
+    if isinstance(value, Tensor):
+        return value, value if value.requires_grad else value.clone()
+    return value, copy.copy(value) if isinstance(value, (list, dict, set, deque)) else value
+
+
+@torch.no_grad()
+def _filled(value: Any, content: Any) -> Any:
+    if isinstance(value, Tensor):
+        if value is not content:
+            value.copy_(content)
+    elif isinstance(value, (list, deque)):
+        value.clear()
+        value.extend(content)
+    elif isinstance(value, (dict, set)):
+        value.clear()
+        value.update(content)
+    return value
+
+
 def step_arguments(pl_module: LightningModule, batch: Any, batch_idx: int) -> tuple[Any, ...]:
-    """What Lightning would call ``training_step`` with: the batch's index goes to a second argument of any name."""
-    takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
-    return (batch, batch_idx) if takes_index else (batch,)
+    """What Lightning would call ``training_step`` with, by place: the batch's index only if there is a place for it."""
+    return (batch, batch_idx) if compat.takes_batch_idx(pl_module.training_step) else (batch,)
 
 
 def fails_too(step: Callable[..., Any], *arguments: Any) -> bool:

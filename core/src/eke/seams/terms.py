@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from eke.seams.step import log_own
 from eke.spec import EkeError
 
 
@@ -34,9 +35,8 @@ class LossTerms:
         if term.ndim:
             raise EkeError(f"{owner} adds a loss of shape {tuple(term.shape)}: a scalar is needed, such as its mean.")
         self.terms.append((owner, term))
-        trainer = self.module.trainer
-        if name is not None and (trainer.global_step + 1) % max(trainer.log_every_n_steps, 1) == 0:  # logging costs
-            self.module.log(f"eke/{owner}/{name}", term.detach())
+        if name is not None:
+            log_own(self.module.trainer, self.module, owner, name, term)
 
     def around(self, call_next: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The outermost layer of ``training_step``."""

@@ -16,19 +16,21 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from eke import compat, measure
 from eke.seams.state import rng_state, set_rng_state
-from eke.seams.step import loss_of, muted
+from eke.seams.step import loss_of, muted, step_arguments
 from eke.spec import EkeError
+
+if TYPE_CHECKING:
+    from eke.technique import TechniqueCallback
 
 # Objects of these packages are not looked into, unless they are modules, optimizers, or what was asked for itself.
 CLOSED = ("lightning", "lightning_fabric", "pytorch_lightning", "logging", "threading", "multiprocessing", "weakref")
@@ -334,12 +336,6 @@ def check_steppable(trainer: Trainer, what: str) -> None:
         )
 
 
-def step_arguments(module: LightningModule, batch: Any, batch_idx: int) -> tuple[Any, ...]:
-    """What ``training_step`` takes, by Lightning's own rule: the index only if there is a place for it."""
-    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-    return (batch, batch_idx) if takes_index else (batch,)
-
-
 def to_device(trainer: Trainer, batch: Any) -> Any:
     """A batch as the loader gave it, as ``training_step`` gets it: cast, moved, changed by techniques."""
     batch = trainer.precision_plugin.convert_input(batch)
@@ -364,6 +360,23 @@ def clock(device: torch.device) -> Callable[[], float]:
         return perf_counter()
 
     return now
+
+
+# ------------------------------------------------------------------ switching
+
+
+def switch_off(technique: TechniqueCallback) -> None:
+    """Let a run go on as if a technique were not in it: its run ends, and nothing of it is called. In ``fit``, between
+    two batches.
+
+    For one that acts on the model, the batch and the step. What it has put into optimizers and loaders is still there.
+    """
+    technique._coordinator.pause(technique)
+
+
+def switch_on(technique: TechniqueCallback) -> None:
+    """Take up again a technique that was switched off, as a resumed run takes it up."""
+    technique._coordinator.resume(technique)
 
 
 # ------------------------------------------------------------------ measuring in turns

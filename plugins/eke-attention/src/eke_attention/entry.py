@@ -2,6 +2,11 @@
 
 from eke import Technique, hookimpl
 
+
+def _exactness(pattern: object = None) -> str:
+    return "reordered sums" if pattern is None else "model-changing"  # without one, all pairs meet as before
+
+
 RECORD = Technique(
     name="attention",
     kind="plugin",
@@ -11,7 +16,7 @@ RECORD = Technique(
     topics=("efficient attention", "hardware-aware low precision", "sparse matrix multiplication"),
     survey=("flash-attn", "a3", "elsa", "sanger", "dota", "vitcod"),
     effects=("changes attention",),
-    exactness="model-changing",  # with a pattern; without one sums are reordered
+    exactness=_exactness,
 )
 
 

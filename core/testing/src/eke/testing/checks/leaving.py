@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from eke.strategies import arguments_of
 from eke.testing import count
 from eke.testing.checks.common import empty_folder, finite_losses, learning_rates, some, trace
 from eke.testing.checks.subject import Subject
@@ -77,7 +78,8 @@ def does_what_its_record_says(subject: Subject) -> None:
     compare(("module tree",), "names and shapes of weights", lambda state: _shapes(state["weights"]))
     compare(("optimizer",), "the class of the optimizer", lambda state: state["optimizer classes"])
     assert not undeclared, "\n".join(undeclared)
-    exactness = subject.record.exactness if subject.record else "model-changing"
+    record, built = subject.record, subject.build()
+    exactness = record.exactness_of(arguments_of(built)) if record else "model-changing"
     tolerance = {"exact": 0.0, "reordered sums": subject.tolerance}.get(exactness)
     if tolerance is not None:
         what = f"weights without it, then with it (its record says {exactness!r})"
