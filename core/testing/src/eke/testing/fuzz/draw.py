@@ -1,0 +1,156 @@
+"""Draws a case. The seed decides all of it, together with which techniques are installed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+from eke import compose, registry
+from eke.testing.fuzz.arguments import draw_arguments, module_of, record_of
+from eke.testing.fuzz.case import Case
+from eke.testing.fuzz.subjects import MODELS, fast_bf16
+
+HOOKS = (  # of a callback, in which a run is killed or fails
+    "on_train_batch_start", "on_before_backward", "on_after_backward", "on_before_optimizer_step",
+    "on_before_zero_grad", "on_train_batch_end", "on_train_epoch_end", "on_validation_start", "on_validation_end",
+)  # fmt: skip
+BETWEEN = ("on_train_batch_end", "on_train_batch_start", "on_train_epoch_start", "on_train_epoch_end",
+           "on_validation_end")  # fmt: skip  # in which a user saves by hand
+
+
+def pool() -> list[str]:
+    """Installed techniques that a random run can have, those of other authors among them: all but those whose modules
+    say by ``MODELS = ()`` that they train none of the kit's models."""
+    return [name for name in registry.available() if getattr(module_of(name), "MODELS", None) != ()]
+
+
+def draw_case(seed: int, names: Sequence[str] | None = None, always: Sequence[str] = ()) -> Case:
+    """The case of a seed.
+
+    Args:
+        seed: Decides everything.
+        names: Techniques to choose from; :func:`pool` if not given.
+        always: Techniques that every case has.
+    """
+    random = Random(seed)
+    techniques = _techniques(random, list(pool() if names is None else names), list(always))
+    model = _model(random, techniques)
+    options = _options(random)
+    if random.random() < 0.1 and options.get("loader") not in ("own batches", "stateful", "iterable", "endless"):
+        options["processes"] = 2
+    return Case(
+        model=model,
+        techniques={name: draw_arguments(random, name) for name in techniques},
+        options=options,
+        save=_save(random, options),
+    )
+
+
+def _techniques(random: Random, names: list[str], always: list[str]) -> list[str]:
+    count = random.choices((1, 2, 3, 4), (35, 35, 20, 10))[0]
+    anything = random.random() < 0.1  # what goes together or is refused; else what no record speaks against
+    found = list(always)
+    for name in random.sample(names, len(names)):
+        if len(found) >= max(count, len(always)):
+            break
+        together = [*found, name]
+        if name not in found and (anything or _fit(together)):
+            found.append(name)
+    return random.sample(found, len(found))
+
+
+def _fit(names: list[str]) -> bool:
+    return bool(served(names)) and not compose.conflicts([record_of(name) for name in names])
+
+
+def served(names: Sequence[str]) -> list[str]:
+    """Models that all of these techniques train, as far as their modules say it by ``MODELS``."""
+    said = [getattr(module_of(name), "MODELS", None) for name in names]
+    return [model for model in MODELS if all(some is None or model in some for some in said)]
+
+
+def _model(random: Random, techniques: list[str]) -> str:
+    fitting = served(techniques)
+    return random.choice(fitting if fitting and random.random() < 0.95 else list(MODELS))
+
+
+def _options(random: Random) -> dict[str, Any]:
+    """Each option is drawn whether it is used or not, so that a case changes little where this list does."""
+
+    def some(share: float, *values: Any) -> Any:
+        drawn, value = random.random(), random.choice(values)
+        return value if drawn < share else None
+
+    drawn = {
+        "dropout": some(0.3, 0.1),
+        "optimizer": some(0.3, "adam", "sgd"),
+        "groups": some(0.3, 2, 3),
+        "schedule": some(0.75, "warmup", "onecycle", "cosine", "exponential", "plateau"),
+        "interval": some(0.5, "epoch"),
+        "frequency": some(0.2, 2),
+        "epochs": some(0.3, 3),
+        "batches": some(0.5, 3, 5, 6),
+        "batch": some(0.4, 2, 4),
+        "ragged": some(0.25, True),
+        "accumulate": some(0.4, 2, 3),
+        "clip": some(0.3, 0.1, 1.0),
+        "clip_by": some(0.3, "value"),
+        "precision": some(0.12, "64-true", "bf16-mixed", "bf16-true"),
+        "limit": some(0.15, 2, 3),
+        "validate": some(0.5, 1, 2),
+        "val_check": some(0.3, 0.5, 2),
+        "val_epochs": some(0.15, 2),
+        "sanity": some(0.2, 1),
+        "loader": some(0.75, "shuffle", "shuffle", "generator", "weighted", "replacement", "own batches", "stateful",
+                       "iterable", "endless"),
+        "augment": some(0.25, True),
+        "workers": some(0.12, 1, 2),
+        "persistent": some(0.4, True),
+        "reload": some(0.12, 1, 2),
+        "max_steps": some(0.2, 0.6, 0.8),
+        "ends_by": some(0.08, "max_steps"),
+        "interpreter": some(0.02, True),
+    }  # fmt: skip
+    options = {name: value for name, value in drawn.items() if value is not None}
+    batches = min(options.get("batches", 4), options.get("limit", 99))
+    per_epoch = -(-batches // options.get("accumulate", 1))
+    if "max_steps" in options:
+        options["max_steps"] = max(2, round(options["max_steps"] * per_epoch * options.get("epochs", 2)))
+    if isinstance(options.get("val_check"), int) and options["val_check"] > batches:
+        del options["val_check"]
+    if options.get("loader") == "endless":
+        options.pop("val_check", None)
+    if "bf16" in options.get("precision", "") and not fast_bf16():
+        del options["precision"]
+    for option, needs in (("val_check", "validate"), ("val_epochs", "validate"), ("sanity", "validate"),
+                          ("clip_by", "clip"), ("persistent", "workers"), ("interval", "schedule"),
+                          ("frequency", "schedule")):  # fmt: skip
+        if needs not in options:
+            options.pop(option, None)
+    return options
+
+
+def _save(random: Random, options: dict[str, Any]) -> dict[str, Any]:
+    ways = {"steps": 25, "epochs": 12, "validation": 8, "hand": 20, "after fit": 8, "exception": 12, "kill": 15}
+    way = random.choices(list(ways), list(ways.values()))[0]
+    every, at, which = random.choice((1, 1, 2, 3)), random.randint(1, 7), round(random.uniform(0, 0.9), 2)
+    hook, between = random.choice(HOOKS), random.choice(BETWEEN)
+    if way == "validation" and not options.get("validate"):
+        way = "epochs"
+    if not options.get("validate"):
+        hook = "on_train_batch_end" if "validation" in hook else hook
+        between = "on_train_batch_end" if "validation" in between else between
+    # A hook that runs once an epoch is met once or twice, one of a step a few times.
+    rare = {"on_train_epoch_start", "on_train_epoch_end", "on_validation_start", "on_validation_end",
+            "on_before_optimizer_step", "on_before_zero_grad"}  # fmt: skip
+    if way in ("epochs", "validation"):
+        return {"way": way, "every": min(every, 2), "which": which}
+    if way == "steps":
+        return {"way": way, "every": every, "which": which}
+    if way == "after fit":
+        return {"way": way, "at": 1}
+    if way == "hand":
+        return {"way": way, "hook": between, "at": min(at, 1 + at % 2) if between in rare else at}
+    at = min(at, 1 + at % 3) if hook in rare else at
+    return {"way": way, "hook": hook, "at": at, **({"every": min(every, 2)} if way == "kill" else {})}
