@@ -37,6 +37,10 @@ def draw_case(seed: int, names: Sequence[str] | None = None, always: Sequence[st
     techniques = _techniques(random, list(pool() if names is None else names), list(always))
     model = _model(random, techniques)
     options = _options(random)
+    if any(record_of(name).kind == "strategy" for name in techniques) and options.get("loader") == "own batches":
+        del options["loader"]  # Lightning puts a sampler of its own in, and cannot
+    if any("samples" in record_of(name).touches("replaces") for name in techniques):
+        options.pop("ends_by", None)  # with other samples there are fewer steps than planned
     if random.random() < 0.1 and options.get("loader") not in ("own batches", "stateful", "iterable", "endless"):
         options["processes"] = 2
     return Case(

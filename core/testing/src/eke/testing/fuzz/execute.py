@@ -9,8 +9,8 @@ import sys
 import tempfile
 import time
 import traceback
-import warnings
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,16 +83,23 @@ def _try(case: Case, folder: Path) -> tuple[str, str]:
     checkpoint = _checkpoint(broken, case.save.get("which"))
     if checkpoint is None:
         return "no checkpoint", ""
+    if found := _apart(case, whole):
+        return "processes apart", _some(found)
     at = torch.load(_file(checkpoint), map_location="cpu", weights_only=False).get(KEY)
     if at is None:
         return "error", f"{checkpoint.name} has no key {KEY!r}, which a callback of the run has put there"
     rest = _run(case, broken, "rest", checkpoint, at, steps=whole[0]["progress"]["global_step"])
     if found := judge(whole, rest, at):
         return f"differs: {found[0].partition(':')[0]}", _some(found, at)
-    if len(rest) > 1 and not any(record_of(name).kind == "strategy" for name in case.techniques):
-        if found := ranks_apart(rest):
-            return "processes apart", _some(found, at)
+    if found := _apart(case, rest):
+        return "processes apart", _some(found, at)
     return "held", ""
+
+
+def _apart(case: Case, states: list[dict[str, Any]]) -> list[str]:
+    """Where processes hold other weights though no strategy shards them."""
+    shards = any(record_of(name).kind == "strategy" for name in case.techniques)
+    return ranks_apart(states) if len(states) > 1 and not shards else []
 
 
 def _run(case: Case, folder: Path, part: str, checkpoint: Path | None = None, at: Mapping[str, int] | None = None,
@@ -137,7 +144,8 @@ def train(case: Case, folder: Path, part: str, checkpoint: Path | None, at: Mapp
     trace = Trace(**(at or {}))
     seed = int(part == "rest")
     try:
-        with warnings.catch_warnings(), quiet(all_warnings=True):
+        # What techniques and Lightning print belongs to one of hundreds of runs.
+        with quiet(all_warnings=True), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
             seed_everything(seed)
             callbacks: list[Callback] = [trace, *(saving(case.save, folder) if part == "cut" else ())]
             trainer = make_trainer(
@@ -161,8 +169,11 @@ def train(case: Case, folder: Path, part: str, checkpoint: Path | None, at: Mapp
 
 
 def _kind(error: BaseException, began: bool, part: str) -> str:
-    """Whether an error is a refusal in words, or Python's."""
-    own = isinstance(error, (EkeError, MisconfigurationException)) or (isinstance(error, ValueError) and _ours(error))
+    """Whether an error is a refusal in words, or Python's. What Lightning refuses at a resume, it should have refused
+    before: that is an error, too.
+    """
+    own = isinstance(error, EkeError) or (isinstance(error, (ValueError, MisconfigurationException)) and _ours(error))
+    own |= isinstance(error, MisconfigurationException) and part != "rest"
     if not own or len(str(error)) < 20:
         return "error at the resume" if part == "rest" else "error"
     if began:
@@ -214,15 +225,17 @@ def _anew(order: dict[str, Any], folder: Path) -> dict[str, Any] | None:
     """The same in a Python that has imported nothing."""
     (folder / "order.pkl").write_bytes(pickle.dumps(order))
     command = [sys.executable, "-m", "eke.testing.fuzz.execute", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment)
     if done.returncode:
         raise RankError(done.stderr)
     return pickle.loads((folder / "answer.pkl").read_bytes())
 
 
-def _some(lines: list[str], at: Mapping[str, int], show: int = 6) -> str:
+def _some(lines: list[str], at: Mapping[str, int] | None = None, show: int = 6) -> str:
     more = [f"... and {len(lines) - show} more"] if len(lines) > show else []
-    return "\n".join([f"saved after {at['trained']} batches and {at['validated']} validations", *lines[:show], *more])
+    place = [f"saved after {at['trained']} batches and {at['validated']} validations"] if at else []
+    return "\n".join([*place, *lines[:show], *more])
 
 
 def _processor_time() -> float:

@@ -31,7 +31,7 @@ class Trace(Callback):
 
     def __init__(self, trained: int = 0, validated: int = 0) -> None:
         self.trained, self.validated = trained, validated
-        self.began = False  # whether this process has begun to train a batch
+        self.began = False  # whether this process has trained a batch
         self.batches: list[dict[str, Any]] = []
         self.validations: list[dict[str, Any]] = []
         self.seen: list[int] = []  # batches of the validation at hand
@@ -39,7 +39,6 @@ class Trace(Callback):
         self.end: dict[str, Any] = {}
 
     def on_train_batch_start(self, trainer: Trainer, model: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.began = True
         self.now = {"where": f"epoch {trainer.current_epoch} batch {batch_idx}", "batch": checksum(batch)}
 
     def on_before_optimizer_step(self, trainer: Trainer, model: LightningModule, optimizer: Any) -> None:
@@ -51,6 +50,7 @@ class Trace(Callback):
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         self.now["loss"] = None if loss is None else float(loss)
         self.batches.append(self.now)
+        self.began = True
         self.trained += 1
 
     def on_validation_batch_start(self, trainer: Trainer, model: LightningModule, batch: Any, *args: Any) -> None:

@@ -1,0 +1,36 @@
+"""Random runs of the installed techniques, broken and resumed: fixed seeds, and new ones every day in `make test-slow`.
+
+What fails is shrunk, and its script stands in the error. `python -m eke.testing.fuzz --seed N --cases 1` tries it again.
+"""
+
+import os
+import zlib
+
+import pytest
+from eke.testing.fuzz import draw_case, script, shrink, try_case
+
+GATE = 40  # of the fixed hundred; the others run in `make test-slow`
+DAY = zlib.crc32(os.environ.get("EKE_COVERING", "").encode()) % 10**6 * 1000
+
+
+def holds(seed):
+    case = draw_case(seed)
+    outcome = try_case(case)
+    assert outcome.sound, "\n" + script(*shrink(case, outcome), seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(GATE))
+def test_a_random_run_goes_on_where_it_was_broken(seed):
+    holds(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(GATE, 100))
+def test_more_random_runs_go_on_where_they_were_broken(seed):
+    holds(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(DAY, DAY + 100), ids=[f"today-{number}" for number in range(100)])
+def test_the_random_runs_of_the_day_go_on_where_they_were_broken(seed):
+    holds(seed)
