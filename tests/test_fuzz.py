@@ -1,6 +1,6 @@
 """Random runs of the installed techniques, broken and resumed: fixed seeds, and new ones every day in `make test-slow`.
 
-What fails is shrunk, and its script stands in the error. `python -m eke.testing.fuzz --seed N --cases 1` tries it again.
+What fails is shrunk, and its script stands in the error. `python -m eke.testing.fuzz --seed N --cases 1` repeats it.
 """
 
 import os
