@@ -42,6 +42,14 @@ def images(size: int = 16) -> torch.Tensor:
 SMALL = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 40}
 
 
+def mamba() -> nn.Module:
+    """Not of the shapes: it has no attention."""
+    return _from(
+        "MambaForCausalLM", "MambaConfig", vocab_size=17, hidden_size=16, state_size=4, num_hidden_layers=3,
+        time_step_rank=4, pad_token_id=0, bos_token_id=1, eos_token_id=14,
+    )  # fmt: skip
+
+
 def _hf(name: str) -> Any:
     return getattr(pytest.importorskip("transformers"), name)
 
@@ -51,7 +59,8 @@ def _from(model: str, config: str, **settings: Any) -> nn.Module:
 
 
 def gpt2() -> Shape:
-    model = _from("GPT2LMHeadModel", "GPT2Config", n_embd=16, n_layer=3, n_head=4, vocab_size=17, n_positions=16)
+    model = _from("GPT2LMHeadModel", "GPT2Config", n_embd=16, n_layer=3, n_head=4, vocab_size=17, n_positions=16,
+                  bos_token_id=1, eos_token_id=14)  # fmt: skip
     return Shape(model, {"input_ids": ids()}, {"transformer.h": (3, 4, 4, 16, 64)})
 
 
@@ -108,6 +117,11 @@ def bert() -> Shape:
     return Shape(model, {"input_ids": ids()}, {"bert.encoder.layer": (3, 4, 4, 16, 40)})
 
 
+def bert_classifier() -> Shape:
+    model = _from("BertForSequenceClassification", "BertConfig", vocab_size=17, **SMALL)
+    return Shape(model, {"input_ids": ids()}, {"bert.encoder.layer": (3, 4, 4, 16, 40)})
+
+
 def roberta() -> Shape:
     model = _from("RobertaForSequenceClassification", "RobertaConfig", vocab_size=17, **SMALL)
     return Shape(model, {"input_ids": ids()}, {"roberta.encoder.layer": (3, 4, 4, 16, 40)})
@@ -138,7 +152,7 @@ def bart() -> Shape:
 
 
 def clip() -> Shape:
-    text = {**SMALL, "vocab_size": 17, "max_position_embeddings": 16, "eos_token_id": 14}
+    text = {**SMALL, "vocab_size": 17, "max_position_embeddings": 16, "bos_token_id": 1, "eos_token_id": 14}
     vision = {**SMALL, "hidden_size": 32, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
     model = _from("CLIPModel", "CLIPConfig", text_config=text, vision_config=vision, projection_dim=16)
     lists = {
@@ -176,20 +190,22 @@ def swin() -> Shape:
 
 def whisper() -> Shape:
     model = _from(
-        "WhisperModel", "WhisperConfig", vocab_size=17, num_mel_bins=8, d_model=16, encoder_layers=3, decoder_layers=2,
+        "WhisperForConditionalGeneration", "WhisperConfig", vocab_size=17, num_mel_bins=8, d_model=16,
+        encoder_layers=3, decoder_layers=2,
         encoder_attention_heads=4, decoder_attention_heads=2, encoder_ffn_dim=40, decoder_ffn_dim=24,
         max_source_positions=8, max_target_positions=16, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         decoder_start_token_id=1,
     )  # fmt: skip
-    lists = {"encoder.layers": (3, 4, 4, 16, 40), "decoder.layers": (2, 2, 2, 16, 24)}
+    lists = {"model.encoder.layers": (3, 4, 4, 16, 40), "model.decoder.layers": (2, 2, 2, 16, 24)}
     batch = {"input_features": torch.linspace(-1, 1, 2 * 8 * 16).view(2, 8, 16), "decoder_input_ids": ids(5)}
-    return Shape(model, batch, lists, cross=("decoder.layers",))
+    return Shape(model, batch, lists, cross=("model.decoder.layers",))
 
 
 def wav2vec2() -> Shape:
     model = _from(
         "Wav2Vec2ForCTC", "Wav2Vec2Config", vocab_size=17, conv_dim=[8, 8], conv_stride=[2, 2], conv_kernel=[3, 3],
-        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, **SMALL,
+        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, mask_time_length=2, layerdrop=0.0,
+        ctc_zero_infinity=True, pad_token_id=0, **SMALL,
     )  # fmt: skip
     batch = {"input_values": torch.linspace(-1, 1, 2 * 64).view(2, 64)}
     return Shape(model, batch, {"wav2vec2.encoder.layers": (3, 4, 4, 16, 40)})
