@@ -7,10 +7,27 @@ import os
 import zlib
 
 import pytest
-from eke.testing.fuzz import draw_case, script, shrink, try_case
+from eke.testing.fuzz import Case, draw_case, script, shrink, try_case
+
+BY_HAND = {"way": "hand", "hook": "on_train_batch_end", "at": 3}
+# What random runs have found, as it was shrunk.
+FOUND = {
+    "float64 weights load as they were saved": Case(
+        techniques={"layer_drop": {}}, options={"precision": "64-true"}, save=BY_HAND
+    ),
+    "images of a strategy's own half precision are made small": Case(
+        "TinyViT", {"resolution": {}, "zero": {"compute_dtype": "bfloat16", "trial": False}}, save=BY_HAND
+    ),
+}
 
 GATE = 40  # of the fixed hundred; the others run in `make test-slow`
 DAY = zlib.crc32(os.environ.get("EKE_COVERING", "").encode()) % 10**6 * 1000
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found_once_holds(name):
+    outcome = try_case(FOUND[name])
+    assert outcome.kind == "held", outcome.words
 
 
 def holds(seed):
