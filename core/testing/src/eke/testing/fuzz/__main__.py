@@ -19,6 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cases", type=int, help="how many cases")
     parser.add_argument("--technique", action="append", default=[], metavar="NAME",
                         help="every case has it; module:Class for one that is not installed")  # fmt: skip
+    parser.add_argument("--alone", action="store_true", help="cases have those techniques and no others")
     parser.add_argument("--way", action="append", default=[], help="leave out cases that save otherwise")
     parser.add_argument("--no-shrink", action="store_true", help="print the case that failed as it was drawn")
     parser.add_argument("--out", type=Path, help="add a line of JSON for each case to this file")
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     minutes = given.minutes or (5.0 if given.cases is None else 1e6)
     end, seed, outcomes = time.monotonic() + 60 * minutes, given.seed, []
     while time.monotonic() < end and len(outcomes) < (given.cases or 10**9):
-        case = draw_case(seed, always=given.technique)
+        case = draw_case(seed, names=given.technique if given.alone else None, always=given.technique)
         if not given.way or case.save["way"] in given.way:
             outcome = try_case(case)
             outcomes.append((seed, outcome))

@@ -9,7 +9,7 @@ from typing import Any
 from eke import compose, registry
 from eke.testing.fuzz.arguments import draw_arguments, module_of, record_of
 from eke.testing.fuzz.case import Case
-from eke.testing.fuzz.subjects import MODELS, fast_bf16
+from eke.testing.fuzz.subjects import SHAPES, fast_bf16, like, model_names
 
 HOOKS = (  # of a callback, in which a run is killed or fails
     "on_train_batch_start", "on_before_backward", "on_after_backward", "on_before_optimizer_step",
@@ -71,12 +71,15 @@ def _fit(names: list[str]) -> bool:
 def served(names: Sequence[str]) -> list[str]:
     """Models that all of these techniques train, as far as their modules say it by ``MODELS``."""
     said = [getattr(module_of(name), "MODELS", None) for name in names]
-    return [model for model in MODELS if all(some is None or model in some for some in said)]
+    return [model for model in model_names() if all(some is None or like(model) in some for some in said)]
 
 
 def _model(random: Random, techniques: list[str]) -> str:
-    fitting = served(techniques)
-    return random.choice(fitting if fitting and random.random() < 0.95 else list(MODELS))
+    fitting, share = served(techniques), random.random()
+    if not fitting or share < 0.05:
+        return random.choice(model_names())
+    shapes = [name for name in fitting if name in SHAPES]
+    return random.choice(shapes if shapes and share < 0.6 else fitting)
 
 
 def _options(random: Random) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from eke.quiet import quiet
 from eke.testing.fuzz.arguments import build, record_of
 from eke.testing.fuzz.case import Case
 from eke.testing.fuzz.judge import judge, ranks_apart
-from eke.testing.fuzz.subjects import make_model
+from eke.testing.fuzz.subjects import import_for, make_model
 from eke.testing.fuzz.trace import KEY, Planned, Trace, saving
 from eke.testing.ranks import RankError, run_alone, run_ranks
 from eke.testing.run import make_trainer, seed_everything
@@ -64,6 +64,7 @@ class Ended(Exception):
 
 def try_case(case: Case) -> Outcome:
     """Run a case and say how it ended."""
+    import_for(case.model)
     before = _processor_time()
     with tempfile.TemporaryDirectory(prefix="eke-fuzz-") as folder:
         try:

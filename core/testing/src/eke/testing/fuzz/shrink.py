@@ -8,7 +8,7 @@ from typing import Any
 
 from eke.testing.fuzz.case import Case
 from eke.testing.fuzz.execute import Outcome, try_case
-from eke.testing.fuzz.subjects import MODELS
+from eke.testing.fuzz.subjects import SHAPES
 
 NOTHING = "eke.testing.fuzz.nothing:Nothing"
 
@@ -63,7 +63,7 @@ def _smaller(case: Case) -> Iterator[Case]:
         for argument in given:
             less = {other: value for other, value in given.items() if other != argument}
             yield case.but(techniques={**techniques, name: less})
-    plainest = next(iter(MODELS))
+    plainest = next(iter(SHAPES))
     if case.model != plainest:
         yield case.but(model=plainest)
     plain: dict[str, Any] = {"way": "hand", "hook": "on_train_batch_end", "at": 3}

@@ -11,12 +11,14 @@ from eke import measure
 from eke.testing import models
 from eke.testing.data import Loader
 from eke.testing.fuzz.case import Case
+from eke.testing.zoo import ZOO
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import lr_scheduler
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, WeightedRandomSampler
 
-MODELS = {shape.__name__: shape for shape in models.SHAPES}
+SHAPES = {shape.__name__: shape for shape in models.SHAPES}
 LAYERS = 3
 RATE = {"adamw": 1e-2, "adam": 1e-2, "sgd": 0.05}
 
@@ -34,12 +36,32 @@ def make_model(case: Case, seed: int, steps: int = 0) -> LightningModule:
         case: What is drawn.
         seed: Of its first weights; a run that resumes has others.
     """
-    base = MODELS[case.model]
-    model = base(dropout=case["dropout"], seed=seed, layers=LAYERS)
+    if case.model in SHAPES:
+        model = SHAPES[case.model](dropout=case["dropout"], seed=seed, layers=LAYERS)
+    else:
+        model = ZOO[case.model].build(seed)
     # The class and not the object, as a user would write it: Lightning looks there for what is overridden.
+    base = type(model)
     model.__class__ = type(base.__name__, (Fuzzed, base), {"__module__": base.__module__})
     model.case = case
     return model
+
+
+@cache
+def import_for(name: str) -> None:
+    """Import what a model needs, here and once: processes that are forked from this one have it then."""
+    make_model(Case(model=name), 0)
+
+
+def model_names() -> list[str]:
+    """The kit's shapes, and those of the zoo that can be built here."""
+    return [*SHAPES, *(name for name, animal in ZOO.items() if not animal.missing)]
+
+
+def like(name: str) -> str:
+    """The shape of the kit's that an animal of the zoo is like: who says by ``MODELS`` that it trains the one is tried
+    on the other too."""
+    return name if name in SHAPES else "TinyViT" if "images" in ZOO[name].tags else "TinyGPT2"
 
 
 class Fuzzed:
@@ -57,6 +79,8 @@ class Fuzzed:
         return returned
 
     def configure_optimizers(self) -> Any:
+        if not self.automatic_optimization:
+            return super().configure_optimizers()  # its step expects those
         case, rate = self.case, RATE[self.case["optimizer"]]
         weights = [weight for weight in self.parameters() if weight.requires_grad]
         groups = [
@@ -94,19 +118,28 @@ class Fuzzed:
         return lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.7, patience=0, threshold=0.1)
 
     def train_dataloader(self) -> Any:
-        return make_loader(self.case, self.dataset)
+        return make_loader(self.case)
 
     def val_dataloader(self) -> Any:
-        return DataLoader(self.dataset(2 * self.case["batch"]), self.case["batch"])
+        return DataLoader(samples_of(self.case, 2 * self.case["batch"]), self.case["batch"], **_collating(self.case))
 
 
-def make_loader(case: Case, kind: type[Dataset]) -> Any:
+def samples_of(case: Case, size: int) -> Any:
+    """So many samples of the model's data."""
+    return SHAPES[case.model].dataset(size) if case.model in SHAPES else ZOO[case.model].dataset(0, size)
+
+
+def _collating(case: Case) -> dict[str, Any]:
+    return {} if case.model in SHAPES else {"collate_fn": ZOO[case.model].collate}
+
+
+def make_loader(case: Case) -> Any:
     """The train loader of a case."""
     size = case["batches"] * case["batch"] * case["processes"] - (1 if case["ragged"] and case["batch"] > 1 else 0)
-    data: Any = kind(size)
+    data = samples_of(case, size)
     if case["augment"]:
         data = Augmented(data)
-    more: dict[str, Any] = {"num_workers": case["workers"]}
+    more: dict[str, Any] = {"num_workers": case["workers"], **_collating(case)}
     if case["workers"]:
         more |= {"persistent_workers": case["persistent"]}
     name, batch = case["loader"], case["batch"]
@@ -121,7 +154,9 @@ def make_loader(case: Case, kind: type[Dataset]) -> Any:
     if name == "own batches":
         return DataLoader(data, batch_sampler=OwnBatches(size, batch), **more)
     if name == "stateful":
-        return Loader(data, batch, case["workers"])
+        loader = Loader(data, batch, case["workers"])
+        loader.collate_fn = more.get("collate_fn", loader.collate_fn)
+        return loader
     if name in ("iterable", "endless"):
         return DataLoader((Stream if name == "iterable" else Endless)(data), batch, **more)
     return DataLoader(data, batch, **more)
@@ -136,9 +171,15 @@ class Augmented(Dataset):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        x, y = self.data[index]
-        return (x + 0.1 * torch.randn_like(x) if x.is_floating_point() else x.roll(int(torch.randint(3, ())), 0)), y
+    def __getitem__(self, index: int) -> Any:
+        turn = int(torch.randint(3, ()))
+
+        def change(value: Tensor) -> Tensor:
+            if value.ndim == 0:
+                return value  # a class
+            return value + 0.1 * torch.randn_like(value) if value.is_floating_point() else value.roll(turn, 0)
+
+        return tree_map(change, self.data[index])
 
 
 class OwnBatches(Sampler):
