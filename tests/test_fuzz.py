@@ -15,6 +15,9 @@ FOUND = {
     "float64 weights load as they were saved": Case(
         techniques={"layer_drop": {}}, options={"precision": "64-true"}, save=BY_HAND
     ),
+    "attention whose pattern remembers nothing has one state before, in and after a run": Case(
+        techniques={"attention": {}}, save={"way": "after fit", "at": 1}
+    ),
     "images of a strategy's own half precision are made small": Case(
         "TinyViT", {"resolution": {}, "zero": {"compute_dtype": "bfloat16", "trial": False}}, save=BY_HAND
     ),

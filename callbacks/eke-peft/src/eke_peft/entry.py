@@ -42,6 +42,7 @@ EXAMPLE = {
 TRY = {  # in random runs
     "method": ("lora", "dora", "rslora", "adalora", "ia3", "loha", "lokr", "vera", "oft", "bitfit", "adapters", "vpt"),
     "settings": ({}, {"r": 2}),
+    "train": (["*norm*|*ln_*|*bias*"],),
 }
 
 

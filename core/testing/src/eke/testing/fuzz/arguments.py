@@ -38,13 +38,21 @@ def build(name: str, arguments: Mapping[str, Any]) -> object:
     return factory_of(name)(**arguments) if ":" in name else registry.create(name, **arguments)
 
 
-def draw_arguments(random: Random, name: str) -> dict[str, Any]:
+def draw_arguments(random: Random, name: str, kit: bool = True) -> dict[str, Any]:
     """Arguments that the constructor accepts: its example's or its defaults, some of them changed.
 
     A module may say by ``TRY`` what is worth trying where an annotation does not: ``TRY = {"method": ("lora",)}``.
+
+    Args:
+        random: Draws.
+        name: Of the technique.
+        kit: Whether the model is one of the kit's shapes, for which examples are made. For another one, an argument
+            that ``TRY`` names is left at its default where it is not drawn.
     """
     module = module_of(name)
     example, worth = dict(getattr(module, "EXAMPLE", {})), getattr(module, "TRY", {})
+    if not kit:
+        example = {argument: value for argument, value in example.items() if argument not in worth}
     if random.random() < 0.4:
         return example
     factory = factory_of(name)

@@ -45,7 +45,7 @@ def draw_case(seed: int, names: Sequence[str] | None = None, always: Sequence[st
         options["processes"] = 2
     return Case(
         model=model,
-        techniques={name: draw_arguments(random, name) for name in techniques},
+        techniques={name: draw_arguments(random, name, model in SHAPES) for name in techniques},
         options=options,
         save=_save(random, options),
     )
