@@ -8,7 +8,7 @@ from eke.testing.fuzz.__main__ import main
 from eke.testing.fuzz.arguments import draw_arguments
 from eke.testing.fuzz.case import WAYS
 from eke.testing.fuzz.judge import judge
-from eke.testing.fuzz.report import table
+from eke.testing.fuzz.report import failed, record, table
 from eke.testing.fuzz.shrink import NOTHING
 
 NOISE = "faulty:GradientNoise"
@@ -135,6 +135,12 @@ def test_the_table_counts_ends_and_names_the_seeds_that_failed():
     text = table([(3, Outcome("held")), (4, Outcome("differs: weights")), (9, Outcome("differs: weights"))])
     assert text.splitlines()[1].split() == ["held", "1"]
     assert text.splitlines()[2].split() == ["differs:", "weights", "2", "4", "9"]
+
+
+def test_a_record_gives_the_cases_that_failed_back():
+    case = draw_case(3, [NOISE])
+    lines = [record(3, case, Outcome("error")), record(4, case, Outcome("held"))]
+    assert failed("\n".join(lines)) == [(3, case)]
 
 
 def test_the_command_ends_with_1_where_a_case_failed_and_prints_its_script(capsys):

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 import warnings
+from itertools import count
 from pathlib import Path
 
 
@@ -23,6 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--way", action="append", default=[], help="leave out cases that save otherwise")
     parser.add_argument("--no-shrink", action="store_true", help="print the case that failed as it was drawn")
     parser.add_argument("--out", type=Path, help="add a line of JSON for each case to this file")
+    parser.add_argument(
+        "--again", type=Path, metavar="FILE", help="the cases of such a file that failed, and no others"
+    )
     given = parser.parse_args(argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     print("importing torch and all techniques ...", flush=True)
@@ -30,23 +34,28 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable(logging.WARNING)
 
     from eke.testing.fuzz import draw_case, script, shrink, try_case
-    from eke.testing.fuzz.report import line, record, table
+    from eke.testing.fuzz.report import failed, line, record, table
 
-    minutes = given.minutes or (5.0 if given.cases is None else 1e6)
-    end, seed, outcomes = time.monotonic() + 60 * minutes, given.seed, []
-    while time.monotonic() < end and len(outcomes) < (given.cases or 10**9):
-        case = draw_case(seed, names=given.technique if given.alone else None, always=given.technique)
-        if not given.way or case.save["way"] in given.way:
-            outcome = try_case(case)
-            outcomes.append((seed, outcome))
-            print(line(seed, case, outcome), flush=True)
-            if given.out:
-                with given.out.open("a") as file:
-                    file.write(record(seed, case, outcome) + "\n")
-            if not outcome.sound:
-                smallest = (case, outcome) if given.no_shrink else shrink(case, outcome)
-                print("\n" + script(*smallest, seed=seed), flush=True)
-        seed += 1
+    names = given.technique if given.alone else None
+    cases = ((seed, draw_case(seed, names, given.technique)) for seed in count(given.seed))
+    if given.again:
+        cases = iter(failed(given.again.read_text()))
+    minutes = given.minutes or (5.0 if given.cases is None and not given.again else 1e6)
+    end, outcomes = time.monotonic() + 60 * minutes, []
+    for seed, case in cases:
+        if given.way and case.save["way"] not in given.way:
+            continue
+        outcome = try_case(case)
+        outcomes.append((seed, outcome))
+        print(line(seed, case, outcome), flush=True)
+        if given.out:
+            with given.out.open("a") as file:
+                file.write(record(seed, case, outcome) + "\n")
+        if not outcome.sound:
+            smallest = (case, outcome) if given.no_shrink else shrink(case, outcome)
+            print("\n" + script(*smallest, seed=seed), flush=True)
+        if time.monotonic() > end or len(outcomes) == given.cases:
+            break
     print(table(outcomes))
     return int(any(not outcome.sound for _, outcome in outcomes))
 

@@ -120,10 +120,10 @@ def _options(random: Random) -> dict[str, Any]:
         "interpreter": some(0.02, True),
     }  # fmt: skip
     options = {name: value for name, value in drawn.items() if value is not None}
-    batches = min(options.get("batches", 4), options.get("limit", 99))
-    per_epoch = -(-batches // options.get("accumulate", 1))
+    case = Case(options={name: value for name, value in options.items() if name != "max_steps"})
+    batches = _batches(case)
     if "max_steps" in options:
-        options["max_steps"] = max(2, round(options["max_steps"] * per_epoch * options.get("epochs", 2)))
+        options["max_steps"] = max(2, round(options["max_steps"] * _steps(case) * case["epochs"]))
     if isinstance(options.get("val_check"), int) and options["val_check"] > batches:
         del options["val_check"]
     if options.get("loader") == "endless":
@@ -141,23 +141,37 @@ def _options(random: Random) -> dict[str, Any]:
 def _save(random: Random, options: dict[str, Any]) -> dict[str, Any]:
     ways = {"steps": 25, "epochs": 12, "validation": 8, "hand": 20, "after fit": 8, "exception": 12, "kill": 15}
     way = random.choices(list(ways), list(ways.values()))[0]
-    every, at, which = random.choice((1, 1, 2, 3)), random.randint(1, 7), round(random.uniform(0, 0.9), 2)
+    every, share, which = random.choice((1, 1, 2, 3)), random.uniform(0.1, 0.9), round(random.uniform(0, 0.9), 2)
     hook, between = random.choice(HOOKS), random.choice(BETWEEN)
-    if way == "validation" and not options.get("validate"):
-        way = "epochs"
-    if not options.get("validate"):
+    case = Case(options=options)
+    if not case["validate"]:
+        way = "epochs" if way == "validation" else way
         hook = "on_train_batch_end" if "validation" in hook else hook
         between = "on_train_batch_end" if "validation" in between else between
-    # A hook that runs once an epoch is met once or twice, one of a step a few times.
-    rare = {"on_train_epoch_start", "on_train_epoch_end", "on_validation_start", "on_validation_end",
-            "on_before_optimizer_step", "on_before_zero_grad"}  # fmt: skip
+    epochs, steps = case["epochs"], case["epochs"] * _steps(case)
     if way in ("epochs", "validation"):
-        return {"way": way, "every": min(every, 2), "which": which}
+        return {"way": way, "every": min(every, epochs), "which": which}
+    every = min(every, steps)
     if way == "steps":
         return {"way": way, "every": every, "which": which}
     if way == "after fit":
-        return {"way": way, "at": 1}
-    if way == "hand":
-        return {"way": way, "hook": between, "at": min(at, 1 + at % 2) if between in rare else at}
-    at = min(at, 1 + at % 3) if hook in rare else at
-    return {"way": way, "hook": hook, "at": at, **({"every": min(every, 2)} if way == "kill" else {})}
+        return {"way": way, "at": max(1, round(share * (epochs - 1)))}
+    times = {"on_train_epoch_start": epochs, "on_train_epoch_end": epochs, "on_before_optimizer_step": steps,
+             "on_before_zero_grad": steps, "on_validation_start": epochs // case["val_epochs"],
+             "on_validation_end": epochs // case["val_epochs"]}  # fmt: skip
+    met = between if way == "hand" else hook
+    at = max(1, round(share * times.get(met, epochs * _batches(case))))
+    if way != "kill":
+        return {"way": way, "hook": met, "at": at}
+    first = every + 1 if met in ("on_before_optimizer_step", "on_before_zero_grad") else every * case["accumulate"] + 1
+    return {"way": way, "hook": met, "at": at if "epoch" in met or "valid" in met else max(at, first), "every": every}
+
+
+def _batches(case: Case) -> int:
+    """In an epoch."""
+    return min(case["batches"], case["limit"] or case["batches"])
+
+
+def _steps(case: Case) -> int:
+    """In an epoch."""
+    return -(-_batches(case) // case["accumulate"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pprint import pformat
 
 from eke.testing.fuzz.case import Case
@@ -57,7 +58,13 @@ def try_and_say(case: Case, show: Callable[[str], None] = print) -> None:
 def record(seed: int, case: Case, outcome: Outcome) -> str:
     """One line of JSON, for ``--out``."""
     return json.dumps({"seed": seed, "kind": outcome.kind, "words": outcome.words, "seconds": round(outcome.seconds, 2),
-                       "case": str(case)})  # fmt: skip
+                       "case": asdict(case)})  # fmt: skip
+
+
+def failed(text: str) -> list[tuple[int, Case]]:
+    """Seed and case of the lines of :func:`record` that failed: what to try again once something is mended."""
+    found = [json.loads(line) for line in text.splitlines()]
+    return [(one["seed"], Case(**one["case"])) for one in found if not Outcome(one["kind"]).sound]
 
 
 def _literal(value: object) -> str:
