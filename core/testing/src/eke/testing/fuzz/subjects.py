@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, WeightedRandomSampler
 
 SHAPES = {shape.__name__: shape for shape in models.SHAPES}
-LAYERS = 3
+LAYERS = 4  # that can be halved
 RATE = {"adamw": 1e-2, "adam": 1e-2, "sgd": 0.05}
 
 
