@@ -120,6 +120,8 @@ def _options(random: Random) -> dict[str, Any]:
         "interpreter": some(0.02, True),
     }  # fmt: skip
     options = {name: value for name, value in drawn.items() if value is not None}
+    if options.get("loader") == "endless" and random.random() < 0.6:
+        options.setdefault("max_steps", 0.8)  # without it, what goes by the length of the run is refused
     case = Case(options={name: value for name, value in options.items() if name != "max_steps"})
     batches = _batches(case)
     if "max_steps" in options:
