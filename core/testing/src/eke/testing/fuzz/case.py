@@ -34,6 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "workers": 0,
     "persistent": False,  # workers
     "reload": 0,  # reload_dataloaders_every_n_epochs
+    "beside": "none",  # a callback of Lightning's: early stopping, accumulation, averaging, late averaging
     "processes": 1,
     "interpreter": False,  # the resumed run starts Python anew; elsewhere it forks from one that has trained nothing
 }

@@ -117,6 +117,7 @@ def _options(random: Random) -> dict[str, Any]:
         "reload": some(0.12, 1, 2),
         "max_steps": some(0.2, 0.6, 0.8),
         "ends_by": some(0.08, "max_steps"),
+        "beside": some(0.08, "early stopping", "accumulation", "averaging", "late averaging"),
         "interpreter": some(0.02, True),
     }  # fmt: skip
     options = {name: value for name, value in drawn.items() if value is not None}
@@ -132,6 +133,8 @@ def _options(random: Random) -> dict[str, Any]:
         options.pop("val_check", None)
     if "bf16" in options.get("precision", "") and not fast_bf16():
         del options["precision"]
+    if options.get("beside") == "accumulation":
+        options.pop("accumulate", None)  # Lightning takes one or the other
     for option, needs in (("val_check", "validate"), ("val_epochs", "validate"), ("sanity", "validate"),
                           ("clip_by", "clip"), ("persistent", "workers"), ("interval", "schedule"),
                           ("frequency", "schedule")):  # fmt: skip

@@ -26,7 +26,13 @@ from eke.testing.fuzz.trace import KEY, Planned, Trace, saving
 from eke.testing.ranks import RankError, run_alone, run_ranks
 from eke.testing.run import make_trainer, seed_everything
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+)
 
 TIMEOUT = 150.0  # seconds for one run, on a machine that does other things as well
 IN_PASSING = ("steps", "epochs", "validation", "hand")  # ways that leave the run whole: it is its own other half
@@ -148,7 +154,7 @@ def train(case: Case, folder: Path, part: str, checkpoint: Path | None, at: Mapp
         # What techniques and Lightning print belongs to one of hundreds of runs.
         with quiet(all_warnings=True), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
             seed_everything(seed)
-            callbacks: list[Callback] = [trace, *(saving(case.save, folder) if part == "cut" else ())]
+            callbacks = [trace, *_beside(case), *(saving(case.save, folder) if part == "cut" else ())]
             trainer = make_trainer(
                 *[build(name, arguments) for name, arguments in case.techniques.items()],
                 world=case["processes"],
@@ -208,6 +214,17 @@ def _options(case: Case, folder: Path, steps: int) -> dict[str, Any]:
         "reload_dataloaders_every_n_epochs": case["reload"],
         "use_distributed_sampler": True,
     }
+
+
+def _beside(case: Case) -> list[Callback]:
+    """Callbacks of Lightning's that keep or change something of a run."""
+    return {
+        "none": lambda: [],
+        "early stopping": lambda: [EarlyStopping("epoch_loss", patience=2, check_on_train_epoch_end=True)],
+        "accumulation": lambda: [GradientAccumulationScheduler({0: 1, 1: 2})],
+        "averaging": lambda: [EMAWeightAveraging(decay=0.9)],
+        "late averaging": lambda: [StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)],
+    }[case["beside"]]()
 
 
 def _checkpoint(folder: Path, which: float | None) -> Path | None:
