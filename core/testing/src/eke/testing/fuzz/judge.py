@@ -8,8 +8,8 @@ from typing import Any
 from eke.testing.compare import differences
 
 # In the order in which a fault shows: the first that differs names the kind of the failure.
-PARTS = ("batches", "validations", "weights", "optimizers", "schedules", "progress", "random state", "techniques",
-         "ranks", "saved")  # fmt: skip
+PARTS = ("batches", "validations", "weights", "optimizers", "schedules", "progress", "random state", "metrics",
+         "techniques", "saved")  # fmt: skip
 
 LONGEST = 300  # letters of a line: a state that is missing is printed whole elsewhere
 

@@ -72,6 +72,7 @@ class Trace(Callback):
             "schedules": [copied(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
             "random state": random_state(),
             "progress": {"global_step": trainer.global_step, "current_epoch": trainer.current_epoch},
+            "metrics": copied(dict(trainer.callback_metrics)),
         }
         path = Path(trainer.default_root_dir, "end.pt")
         trainer.save_checkpoint(path)
@@ -81,7 +82,6 @@ class Trace(Callback):
             own = saved.get("eke", {})
             self.end["saved"] = {key: value for key, value in saved.items() if key != "eke"}
             self.end["techniques"] = {key: value for key, value in own.items() if key != "ranks"}
-            self.end["ranks"] = own.get("ranks", [])
 
     def state(self, model: LightningModule) -> dict[str, Any]:
         """Everything noted, as plain data."""
