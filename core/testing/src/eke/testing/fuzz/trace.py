@@ -68,7 +68,6 @@ class Trace(Callback):
 
     def on_train_end(self, trainer: Trainer, model: LightningModule) -> None:
         self.end = {
-            "optimizers": [copied(optimizer.state_dict()) for optimizer in trainer.optimizers],
             "schedules": [copied(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
             "random state": random_state(),
             "progress": {"global_step": trainer.global_step, "current_epoch": trainer.current_epoch},
@@ -78,7 +77,9 @@ class Trace(Callback):
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:  # the others write nothing
             whole = path if path.is_file() else path / "meta.pt"  # of a sharded one, what is not sharded
-            saved = training_state(torch.load(whole, map_location="cpu", weights_only=False))
+            checkpoint = torch.load(whole, map_location="cpu", weights_only=False)
+            self.end["optimizers"] = checkpoint.get("optimizer_states", [])
+            saved = training_state(checkpoint)
             own = saved.get("eke", {})
             self.end["saved"] = {key: value for key, value in saved.items() if key != "eke"}
             self.end["techniques"] = {key: value for key, value in own.items() if key != "ranks"}
