@@ -21,11 +21,8 @@ FOUND = {
     "blocks computed again in backward meet the masks of their forward": Case(
         "vit", {"mae": {}, "remat": {"span": 4}}, save=BY_HAND
     ),
-    "a validation that comes first in a resumed run merges tokens as the one of the unbroken run": Case(
-        "TinyViT",
-        {"token_merge": {"evaluate": True}},
-        {"validate": 1, "val_check": 2},
-        {"way": "kill", "hook": "on_train_batch_start", "at": 3, "every": 1},
+    "a technique that a report has switched off stays off": Case(
+        techniques={"report": {"start": 3, "block": 4, "ceilings": False}, "remat": {}}, save=BY_HAND
     ),
     "images of a strategy's own half precision are made small": Case(
         "TinyViT", {"resolution": {}, "zero": {"compute_dtype": "bfloat16", "trial": False}}, save=BY_HAND

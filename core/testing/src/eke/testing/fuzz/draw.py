@@ -43,12 +43,11 @@ def draw_case(seed: int, names: Sequence[str] | None = None, always: Sequence[st
         options.pop("ends_by", None)  # with other samples there are fewer steps than planned
     if random.random() < 0.1 and options.get("loader") not in ("own batches", "stateful", "iterable", "endless"):
         options["processes"] = 2
-    return Case(
-        model=model,
-        techniques={name: draw_arguments(random, name, model in SHAPES) for name in techniques},
-        options=options,
-        save=_save(random, options),
-    )
+    arguments = {name: draw_arguments(random, name, model in SHAPES) for name in techniques}
+    save = _save(random, options)
+    if save["way"] == "after fit" and "averaging" in options.get("beside", ""):
+        del options["beside"]  # Lightning leaves the average in the model
+    return Case(model, arguments, options, save)
 
 
 def _techniques(random: Random, names: list[str], always: list[str]) -> list[str]:
