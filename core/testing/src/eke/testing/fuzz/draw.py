@@ -41,6 +41,12 @@ def draw_case(seed: int, names: Sequence[str] | None = None, always: Sequence[st
         del options["loader"]  # Lightning puts a sampler of its own in, and cannot
     if any("samples" in record_of(name).touches("replaces") for name in techniques):
         options.pop("ends_by", None)  # with other samples there are fewer steps than planned
+    if any("loss" in record_of(name).touches("replaces") for name in techniques):
+        # Some call no step of the user's, and what that logs is not there to go by.
+        if options.get("schedule") == "plateau":
+            options["schedule"] = "exponential"
+        if options.get("beside") == "early stopping":
+            del options["beside"]
     if random.random() < 0.1 and options.get("loader") not in ("own batches", "stateful", "iterable", "endless"):
         options["processes"] = 2
     arguments = {name: draw_arguments(random, name, model in SHAPES) for name in techniques}
