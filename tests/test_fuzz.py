@@ -21,6 +21,11 @@ FOUND = {
     "blocks computed again in backward meet the masks of their forward": Case(
         "vit", {"mae": {}, "remat": {"span": 4}}, save=BY_HAND
     ),
+    "adapters of dormant blocks are not waited for by two processes": Case(
+        techniques={"peft": {"settings": {"r": 4}, "checkpoint": "full", "train": ["*norm*|*head*"]}, "stacking": {}},
+        options={"processes": 2},
+        save={"way": "steps", "every": 2, "which": 0.1},
+    ),
     "a technique that a report has switched off stays off": Case(
         techniques={"report": {"start": 3, "block": 4, "ceilings": False}, "remat": {}}, save=BY_HAND
     ),
