@@ -4,7 +4,7 @@ pip    := $(python) -m pip install --quiet --disable-pip-version-check
 # A process for each core, one thread each. Tests that share something slow to make stay in one process (xdist_group).
 pytest := OMP_NUM_THREADS=1 $(python) -m pytest -n auto --dist loadgroup
 
-.PHONY: train bench gpu test test-all test-gpu test-slow test-deepspeed isolated certify table zoo format lint clean
+.PHONY: train bench fuzz gpu test test-all test-gpu test-slow test-deepspeed isolated certify table zoo format lint clean
 
 # The main job: train on the standard library's own source, side by side. Options: make train ARGS="--text notes.txt --plain-only"
 train: .venv/ready
@@ -13,6 +13,10 @@ train: .venv/ready
 # Each technique against its baseline and controls, into benchmarks/. Some hours; goes on where it was stopped. SIZE=smoke takes a minute.
 bench: .venv/ready
 	for folder in $(filter-out core core/%,$(dists)); do $(python) $$folder/benchmark.py --size $(or $(SIZE),cpu) --out benchmarks/$(or $(MACHINE),cpu-2core) $(ARGS) || exit 1; done
+
+# Random runs, broken and resumed: make fuzz ARGS="--minutes 60 --seed 1000". Seeds 0 to 99 are tests.
+fuzz: .venv/ready
+	OMP_NUM_THREADS=1 $(python) -m eke.testing.fuzz $(ARGS)
 
 # All that waits for a GPU, the most telling first: make gpu ARGS="--minutes 8". A machine without network: tools/wheels.py.
 gpu: .venv/ready

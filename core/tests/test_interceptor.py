@@ -328,6 +328,29 @@ def test_two_owners_share_one_interceptor_in_order_of_priority(x):
     assert type(net.blocks[1]) is Block
 
 
+def test_a_block_computed_again_meets_the_actions_of_its_forward_whatever_was_taken_off_since(x):
+    class Again:
+        priority = 1
+
+        def __call__(self, call_next, hidden, args, kwargs, form):
+            self.compute = partial(call_next, hidden, args, kwargs)
+            return call_next(hidden, args, kwargs)
+
+    class Double:
+        def __init__(self, priority):
+            self.priority = priority
+
+        def __call__(self, call_next, hidden, args, kwargs, form):
+            return call_next(2 * hidden, args, kwargs)
+
+    net, again = Net(1).eval(), Again()
+    interceptor.attach(net.blocks, "test")
+    interceptor.put(net.blocks[0], "test", Double(0), again, Double(2))
+    first = net(x)
+    interceptor.put(net.blocks[0], "test")
+    assert torch.equal(again.compute(), first)
+
+
 def test_who_has_not_attached_cannot_put_anything():
     with pytest.raises(KeyError, match="'test' has no interceptor on this Block. Call attach first"):
         interceptor.put(Block(), "test", interceptor.Skip())

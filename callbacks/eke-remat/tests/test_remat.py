@@ -180,5 +180,24 @@ def test_validation_computes_nothing_again_and_a_policy_pickles():
     assert done.trainer.global_step == STEPS
 
 
+def test_switched_off_for_some_steps_it_stays_off_and_comes_back():
+    class Switch(Callback):
+        """As a report does it."""
+
+        def on_train_batch_start(self, trainer, model, batch, batch_idx):
+            (remat,) = eke.techniques(trainer)
+            if batch_idx == 1:
+                remat.run.close()
+            if batch_idx == 3:
+                remat.alter_model(remat.run)
+
+    def runs(step):
+        seen = Watch(step)
+        fit(TinyBlocks(), Remat(), epochs=1, callbacks=[Switch(), seen])
+        return len(seen.calls)
+
+    assert [runs(step) for step in range(STEPS)] == [8, 4, 4, 8]
+
+
 def test_the_registry_builds_it():
     assert isinstance(eke.create("remat", every=2), Remat)

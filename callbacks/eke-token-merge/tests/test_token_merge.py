@@ -140,6 +140,12 @@ def test_it_may_merge_in_evaluation_too_and_never_more_than_half():
     assert seen.trained[:4] == seen.validated[-4:] == [17, 11, 6, 4]
 
 
+def test_a_validation_before_the_first_batch_merges_as_well():
+    seen = Seen()
+    fit(TinyViT(), TokenMerge(6, evaluate=True), epochs=1, validate=True, num_sanity_val_steps=1, callbacks=[seen])
+    assert seen.validated[:4] == [17, 11, 6, 4]
+
+
 def test_the_class_token_is_never_merged():
     """What a class token attends to, with a mark that only it carries, is still at the first place after each block."""
     firsts = []

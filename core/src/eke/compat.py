@@ -262,16 +262,20 @@ def is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None
 
 
-def leave_out_of_ddp(pl_module: LightningModule, modules: Iterable[nn.Module]) -> None:
+def leave_out_of_ddp(pl_module: LightningModule, modules: Iterable[nn.Module]) -> bool:
     """Let DDP not wait for gradients of these modules when it next wraps ``pl_module``; with none, of all again.
 
     Else it needs ``find_unused_parameters``, or it stops with an error at the second step.
+
+    Returns:
+        Whether these are others than before: what DDP has wrapped already goes by those.
     """
     mine = {id(tensor) for module in modules for tensor in (*module.parameters(), *module.buffers())}
     names = [name for name, tensor in (*pl_module.named_parameters(), *pl_module.named_buffers()) if id(tensor) in mine]
-    vars(pl_module).pop("_ddp_params_and_buffers_to_ignore", None)
+    before = vars(pl_module).pop("_ddp_params_and_buffers_to_ignore", [])
     if names:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(pl_module, names)
+    return set(names) != set(before)
 
 
 def expect_unused_parameters(strategy: object) -> None:

@@ -39,6 +39,12 @@ EXAMPLE = {
     "train": ["embed*|position*|norm*|head*|*wte*|*wpe*|*ln_f*"],  # of any of the kit's models
 }
 
+TRY = {  # in random runs
+    "method": ("lora", "dora", "rslora", "adalora", "ia3", "loha", "lokr", "vera", "oft", "bitfit", "adapters", "vpt"),
+    "settings": ({}, {"r": 2}),
+    "train": (["*norm*|*ln_*|*bias*"],),
+}
+
 
 @hookimpl
 def eke_technique() -> Technique:

@@ -78,7 +78,8 @@ class Remat(TechniqueCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         now = [list(found.container) for found in self._lists]
-        if now != self._held:  # modules are equal where they are the same: another technique has put some in
+        # Modules are equal where they are the same: another technique has put some in. None are held while it is off.
+        if self._held and now != self._held:
             self._undo()
             self._begin(self.run)
 

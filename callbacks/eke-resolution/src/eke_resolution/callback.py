@@ -176,7 +176,9 @@ class Resolution(TechniqueCallback):
         self._grid = grid
         if self.mode == "images":
             size = tuple(count * patch for count, patch in zip(grid, self._embedding.patch, strict=True))
-            small = F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
+            wide = images if images.element_size() > 2 else images.float()  # no kernel for bfloat16 on a CPU
+            small = F.interpolate(wide, size=size, mode="bilinear", antialias=True, align_corners=False)
+            small = small.to(images.dtype)
             batch = batches.replaced(batch, images, small)
         with self._fitted():
             return call_next(batch, *args)

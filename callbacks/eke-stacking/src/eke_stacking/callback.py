@@ -126,6 +126,8 @@ class Stacking(TechniqueCallback):
             self.steps = self._saved_steps or [ceil(stage * self.run.length) for stage in self.stages]
         self._saved_steps = None
         self._next = self._due()
+        if self.form == "dormant" and compat.leave_out_of_ddp(pl_module, self._dormant()):
+            growth.rewrap(trainer, drop=False)  # who came later, PEFT for one, has put parameters into dormant blocks
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # In mid-window, gradients of the shallow model would meet weights of the deep one.
@@ -269,7 +271,8 @@ class Stacking(TechniqueCallback):
 
     def _apply(self, pl_module: LightningModule, active: list[int]) -> None:
         """Let these blocks run and no others. Weights that appear are yet to be filled."""
-        dormant = [block for i, block in enumerate(self._full) if i not in active]
+        self.active = list(active)
+        dormant = self._dormant()
         if self.form == "growth":
             for block in dormant:
                 _free(block)
@@ -285,7 +288,9 @@ class Stacking(TechniqueCallback):
             for i, block in enumerate(self._full):
                 interceptor.put(block, RECORD.name, *([] if i in active else [interceptor.Skip()]))
             compat.leave_out_of_ddp(pl_module, dormant)
-        self.active = list(active)
+
+    def _dormant(self) -> list[nn.Module]:
+        return [block for i, block in enumerate(self._full) if i not in self.active]
 
 
 def _free(block: nn.Module) -> None:

@@ -163,9 +163,14 @@ class TokenMerge(TechniqueCallback):
             self._switch(True)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        merges = self.count > 0 and (self.tail == 0 or self.progress.share < 1 - self.tail)
+        merges = self._due()
         if merges or self._merges:
             self._switch(merges)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # By the progress and not by what the last batch had: a run may go on, or be looked at, before it has one.
+        if self.evaluate and self.run.fitting:
+            self._switch(self._due())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -176,6 +181,10 @@ class TokenMerge(TechniqueCallback):
     def step_kind(self) -> str:
         left = ", ".join(str(state.get("left", 0)) for state in self._states)
         return f"{left} patches at the end" if self._merges else "all patches"
+
+    def _due(self) -> bool:
+        """Whether a training run merges where it is."""
+        return self.count > 0 and (self.tail == 0 or self.progress.share < 1 - self.tail)
 
     def _switch(self, merges: bool) -> None:
         self._merges = merges

@@ -63,10 +63,15 @@ def rebuild(trainer: Trainer, origin: Mapping[torch.Tensor, torch.Tensor]) -> No
     strategy.lr_scheduler_configs = configs
 
 
-def rewrap(trainer: Trainer) -> None:
-    """Drop all gradients and, under DDP, wrap the module anew: it has other parameters now, or others take part."""
+def rewrap(trainer: Trainer, drop: bool = True) -> None:
+    """Drop all gradients and, under DDP, wrap the module anew: it has other parameters now, or others take part.
+
+    Args:
+        trainer: Whose strategy holds the module.
+        drop: Whether gradients are dropped. Those of a window that a resumed run has begun with are to stay.
+    """
     strategy = trainer.strategy
-    for parameter in strategy.lightning_module.parameters():
+    for parameter in strategy.lightning_module.parameters() if drop else ():
         parameter.grad = None
     if isinstance(strategy.model, DistributedDataParallel):
         strategy.model = strategy.lightning_module

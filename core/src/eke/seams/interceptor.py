@@ -341,16 +341,20 @@ class Interceptor:
             self.form.learn(output, args[1:], kwargs)
             return output
         if args:
-            return self._run(0, call, args[0], args[1:], kwargs)
+            return self._run(self.actions, call, args[0], args[1:], kwargs)
         others = {name: value for name, value in kwargs.items() if name != self.hidden_name}
-        return self._run(0, partial(self._by_name, call), kwargs[self.hidden_name], (), others)
+        return self._run(self.actions, partial(self._by_name, call), kwargs[self.hidden_name], (), others)
 
-    def _run(self, depth: int, call: Callable[..., Any], hidden: Tensor, args: Any, kwargs: Any) -> Any:
-        if depth == len(self.actions):
+    # The actions are those of the call: who computes the block again in backward meets those of its forward, whatever
+    # has been put or taken off since.
+    def _run(
+        self, actions: tuple[Action, ...], call: Callable[..., Any], hidden: Tensor, args: Any, kwargs: Any
+    ) -> Any:
+        if not actions:
             output = call(hidden, *args, **kwargs)
             self.form.learn(output, args, kwargs)
             return output
-        return self.actions[depth](partial(self._run, depth + 1, call), hidden, args, kwargs, self.form)
+        return actions[0](partial(self._run, actions[1:], call), hidden, args, kwargs, self.form)
 
     def _by_name(self, call: Callable[..., Any], hidden: Tensor, **kwargs: Any) -> Any:
         return call(**{self.hidden_name: hidden}, **kwargs)

@@ -31,6 +31,13 @@ RECORD = Technique(
     },
 )
 
+TRY = {  # in random runs; states of few elements stay in 32 bits otherwise
+    "min_elements": (1, 64, 4096),
+    "backend": ("auto", "torch", "torchao"),
+    "compile": (False,),
+    "keep_32bit": (["*head*"],),
+}
+
 
 @hookimpl
 def eke_technique() -> Technique:

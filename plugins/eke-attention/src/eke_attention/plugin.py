@@ -214,14 +214,16 @@ class Attention(TechniqueCallback):
     # ------------------------------------------------------------------ checkpoints
 
     def _memory(self) -> dict[str, dict[str, Any]]:
+        """Of each layer that has some."""
         passing = ("input", "gradient", "now", "leaf", "new", "new query", "new key")  # of one step alone
-        return {
+        known = {
             site.path: {name: value for name, value in site.layer.items() if name not in passing}
             for site in self._sites
         }
+        return {path: one for path, one in known.items() if one}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"layers": self._memory() if self._sites and any(self._memory().values()) else self._kept}
+        return {"layers": self._memory() or self._kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._kept = state["layers"]

@@ -21,6 +21,11 @@ RECORD = Technique(
     },
 )
 
+TRY = {  # in random runs
+    "recipe": ("tensorwise", "rowwise", "rowwise_with_gw_hp", "delayed", "block", "mx", "s2fp8", "chunked"),
+    "layers": (["*fc*|*linear*"],),
+}
+
 
 @hookimpl
 def eke_technique() -> Technique:

@@ -30,7 +30,9 @@ class RankError(RuntimeError):
     """A process raised, died or ran out of time. The message holds its traceback."""
 
 
-def run_ranks(function: Callable[[int], Any], world: int = 2, timeout: float = TIMEOUT) -> list[Any]:
+def run_ranks(
+    function: Callable[[int], Any], world: int = 2, timeout: float = TIMEOUT, may_die: bool = False
+) -> list[Any]:
     """Call ``function(rank)`` in ``world`` processes that form a gloo group, and return the results by rank.
 
     Each process looks to Lightning like one that a launcher such as torchrun has started, so
@@ -40,6 +42,7 @@ def run_ranks(function: Callable[[int], Any], world: int = 2, timeout: float = T
         function: Called with the rank. What it returns must pickle; the function itself need not.
         world: Number of processes.
         timeout: Seconds for all of them together.
+        may_die: Whether a process that was ended by ``kill -9`` is none that has failed; its result is None.
 
     Raises:
         RankError: a rank raised, died or hung. All others are ended, with their children.
@@ -62,16 +65,17 @@ def run_ranks(function: Callable[[int], Any], world: int = 2, timeout: float = T
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         reserved.bind(("127.0.0.1", 0))
         jobs = [(lambda rank=rank: function(rank), environment(rank)) for rank in range(world)]
-        return [result for result, _ in _run(jobs, timeout)]
+        return [result for result, _ in _run(jobs, timeout, may_die)]
 
 
-def run_alone(function: Callable[[], Any], timeout: float = TIMEOUT) -> Any:
-    """Call ``function()`` in one process of its own and return its result, or None where it called :func:`die`.
+def run_alone(function: Callable[[], Any], timeout: float = TIMEOUT, may_die: bool = False) -> Any:
+    """Call ``function()`` in one process of its own and return its result, or None where it called :func:`die`, or, if
+    it ``may_die``, was ended by ``kill -9``.
 
     Raises:
         RankError: it raised, died otherwise, or hung.
     """
-    ((result, _),) = _run([(function, {})], timeout)
+    ((result, _),) = _run([(function, {})], timeout, may_die)
     return result
 
 
@@ -80,7 +84,7 @@ def die() -> None:
     os._exit(KILLED)
 
 
-def _run(jobs: list[tuple[Callable[[], Any], dict[str, str]]], timeout: float) -> list[tuple[Any, int]]:
+def _run(jobs: list[tuple[Callable[[], Any], dict[str, str]]], timeout: float, may_die: bool) -> list[tuple[Any, int]]:
     sys.stdout.flush()
     sys.stderr.flush()
     with tempfile.TemporaryDirectory() as folder:
@@ -95,7 +99,7 @@ def _run(jobs: list[tuple[Callable[[], Any], dict[str, str]]], timeout: float) -
         finally:
             for process in processes:
                 _end(process)
-        return _collect(processes, files, hung, timeout)
+        return _collect(processes, files, hung, timeout, may_die)
 
 
 def _work(function: Callable[[], Any], environment: dict[str, str], file: Path, met: bool) -> None:
@@ -151,7 +155,7 @@ def _end(process: Any) -> None:
     process.join()
 
 
-def _collect(processes: list, files: list[Path], hung: bool, timeout: float) -> list[tuple[Any, int]]:
+def _collect(processes: list, files: list[Path], hung: bool, timeout: float, may_die: bool) -> list[tuple[Any, int]]:
     results, errors = [], []
     for rank, (process, file) in enumerate(zip(processes, files, strict=True)):
         if file.exists() and file.stat().st_size:
@@ -160,7 +164,7 @@ def _collect(processes: list, files: list[Path], hung: bool, timeout: float) -> 
                 results.append((value, 0))
             else:
                 errors.append(f"process {rank} raised:\n{value}")
-        elif process.exitcode == KILLED:
+        elif process.exitcode == KILLED or (may_die and not hung and process.exitcode == -signal.SIGKILL):
             results.append((None, KILLED))
         elif hung:
             errors.append(f"process {rank} was still running after {timeout:g} s and was ended")

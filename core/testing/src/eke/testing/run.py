@@ -289,7 +289,7 @@ class Recorder(Callback):
             path = Path(folder, "end.ckpt")
             trainer.save_checkpoint(path)
             if path.exists():  # only the first rank writes
-                self.end["saved"] = _training_state(torch.load(path, map_location="cpu", weights_only=False))
+                self.end["saved"] = training_state(torch.load(path, map_location="cpu", weights_only=False))
 
     def state(self, trainer: Trainer) -> dict[str, Any]:
         weights = {name: copied(tensor) for name, tensor in tensors(trainer.lightning_module)}
@@ -300,7 +300,7 @@ def _listed(built: object) -> list[object]:
     return built if isinstance(built, list) else [built]
 
 
-def _training_state(checkpoint: dict[str, Any]) -> dict[str, Any]:
+def training_state(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Leave out of a checkpoint what differs between two equal runs: counters of loops, arguments, paths."""
     other = (
         "loops",
