@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from eke import compat
 from eke.coordinator import checkpoint as checkpoints
 from eke.coordinator import opening
 from eke.coordinator.hooks import HOOKS, Hooks
@@ -20,6 +19,7 @@ from eke.seams.masks import Masks
 from eke.seams.passes import Passes
 from eke.seams.progress import Progress
 from eke.seams.saved import Saved
+from eke.seams.standing import Standing
 from eke.seams.swap import Swap
 from eke.seams.terms import LossTerms
 
@@ -35,6 +35,7 @@ class Coordinator(Hooks):
         self.techniques: list[TechniqueCallback] = []
         self.progress = Progress()
         self.position = Position()
+        self.standing: Standing | None = None  # of the run in fit, and after it, for a checkpoint that is written then
         self.opening = False
         self.runs: dict[str, Run] = {}
         self._wiring: Wiring | None = None  # while a run is open
@@ -90,8 +91,10 @@ class Coordinator(Hooks):
         self.runs = {type(one).technique.name: Run(one, trainer, module, stage, shared) for one in self.techniques}
         for technique in self.techniques:
             technique._coordinator, technique._run = self, self.runs[type(technique).technique.name]
-        self._wiring = Wiring(self.techniques, self.runs, trainer, Position())
-        self.position = self._wiring.position
+        self._wiring = Wiring(self.techniques, self.runs, trainer, Position(trainer))
+        if fitting:
+            self.position = self._wiring.position
+            self.standing = Standing(trainer, module, self.position, shared.passes, self._others)
         try:
             opening.check(self.techniques, self.runs, trainer, module)
         except BaseException:
@@ -130,6 +133,16 @@ class Coordinator(Hooks):
             wiring.weights(trainer, module)
             wiring.optimizers(module)
             wiring.loaders(trainer)
+            wiring.moments(self.standing, trainer, self._batch_ended, self._epoch_ended)
+
+    def _others(self) -> dict[str, Any]:
+        """What a checkpoint holds of techniques, beside what they were built from."""
+        names = {type(one).technique.name: one for one in self.techniques}
+        return {
+            "states": {name: one.state_dict() for name, one in names.items()},
+            "generators": {name: one.generator.get_state() for name, one in names.items()},
+            "progress": self.progress.state_dict(),
+        }
 
     def _any(self, resource: str) -> bool:
         """Whether a technique of the run writes to a resource."""
@@ -163,6 +176,8 @@ class Coordinator(Hooks):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         try:
+            if self.standing is not None and self._wiring is not None and trainer.state.fn == "fit":
+                self.standing.freeze()
             super().on_exception(trainer, pl_module, exception)
         finally:
             self.close()  # Lightning calls no teardown when a run fails
@@ -177,9 +192,12 @@ class Coordinator(Hooks):
     def _write(self, checkpoint: dict[str, Any], trainer: Trainer | None) -> None:
         if state.KEY in checkpoint:
             return
+        past = None if trainer is None or self.standing is None else self.standing.past()
         checkpoints.write(checkpoint, self.techniques, self.progress, self._swap, self._masks)
-        if trainer is not None and "optimizer_states" in checkpoint:
-            checkpoints.write_ranks(checkpoint, self.techniques, trainer, self.position, self._passes)
+        if past is not None:
+            checkpoints.write_past(checkpoint, past)
+        if trainer is not None and self.standing is not None and "optimizer_states" in checkpoint:
+            checkpoints.write_ranks(checkpoint, self.techniques, trainer, self.standing, past)
 
     def _load(self, checkpoint: dict[str, Any], module: LightningModule) -> None:
         own = checkpoint.get(state.KEY)
@@ -193,11 +211,12 @@ class Coordinator(Hooks):
         own = checkpoint.get(state.KEY)
         if own is not None:
             checkpoints.restore(own, self.techniques, self.progress, self._masks)
-            if trainer.state.fn == "fit" and "ranks" in own:
+            if trainer.state.fn == "fit" and "ranks" in own and self.standing is not None:
                 self._begins_with = checkpoints.rank_of(own, trainer) or {}
                 checkpoints.restore_rank(self._begins_with, self.techniques)
                 self._resumed = own
-                self.position.load_state_dict(self._begins_with or None)
+                if self._begins_with:
+                    checkpoints.go_on(checkpoint, self._begins_with, self.standing)
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
     # ------------------------------------------------------------------ weights for evaluation
@@ -213,7 +232,13 @@ class Coordinator(Hooks):
             self._swap.leave()
             self._swap = None
 
+    @staticmethod
+    def _trains(trainer: Trainer) -> bool:
+        return trainer.state.fn == "fit" and not trainer.sanity_checking
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._trains(trainer):
+            self.standing.evaluates()
         self._enter_eval_weights(pl_module)
         super().on_validation_start(trainer, pl_module)
 
@@ -240,8 +265,7 @@ class Coordinator(Hooks):
     # ------------------------------------------------------------------ hooks of a run
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        compat.leave_finished_epoch(trainer)
-        self.position.start(trainer)
+        self.standing.start()
         self.progress.begin(trainer)
         resumed, self._resumed = self._resumed, {}
         checkpoints.put_training_weights(resumed, trainer, pl_module)
@@ -250,7 +274,7 @@ class Coordinator(Hooks):
         gradients: dict[str, Tensor] = begins_with.get("gradients", {})
         state.set_gradients(pl_module, gradients)
         if self._passes is not None and gradients:
-            self._passes.load_state_dict(begins_with.get("window", {"complete": False, "window": []}))
+            self._passes.load_state_dict(begins_with["window"] or {"complete": False, "window": []})
         for run in self.runs.values():
             run.begin()
             run.trains()
@@ -267,8 +291,21 @@ class Coordinator(Hooks):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        pass  # Wiring.moments calls _batch_ended: before any callback, which may save
+
+    def _batch_ended(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.progress.after_batch(trainer, batch)
+        self.standing.batch_ended()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pass  # Wiring.moments calls _epoch_ended
+
+    def _epoch_ended(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.standing.epoch_ended()
+        super().on_train_epoch_end(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         if self._passes is not None:

@@ -58,13 +58,13 @@ def gather(trainer: Trainer, own: Any) -> list[Any]:
 def held_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Gradients of an accumulation window that is not through yet, by parameter name; empty at a window's end.
 
-    Lightning does not save them, and resumes in the middle of a window with half the gradient.
+    Lightning does not save them, and resumes in the middle of a window with half the gradient. Where the user optimizes
+    by hand, only he knows when a window ends: all that are there are held.
     """
-    used = compat.batches_done(trainer)
-    if used % trainer.accumulate_grad_batches == 0:
-        return {}
     module = trainer.strategy.lightning_module
-    return {name: one.grad.clone() for name, one in module.named_parameters() if one.grad is not None}
+    if module.automatic_optimization and compat.batches_done(trainer) % trainer.accumulate_grad_batches == 0:
+        return {}
+    return {name: one.grad for name, one in module.named_parameters() if one.grad is not None}
 
 
 def set_gradients(pl_module: LightningModule, gradients: dict[str, torch.Tensor]) -> None:
@@ -72,6 +72,46 @@ def set_gradients(pl_module: LightningModule, gradients: dict[str, torch.Tensor]
     for name, parameter in pl_module.named_parameters():
         if name in gradients:
             parameter.grad = gradients[name].to(parameter.device)
+
+
+class Copies:
+    """Copies of states as they are now, for a moment at which they have moved on. A tensor that has not changed since it
+    was last copied is not copied again, and one above ``LARGEST`` bytes is not copied at all.
+    """
+
+    LARGEST = 2**20
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[Any, ...], tuple[torch.Tensor, int, torch.Tensor]] = {}
+
+    def take(self, value: Any, *path: Any) -> Any:
+        """A copy of tensors, and of dicts, lists and tuples of them. ``path``: names what is copied."""
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value, path)
+        if isinstance(value, dict):
+            return {key: self.take(item, *path, key) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)([self.take(item, *path, i) for i, item in enumerate(value)])
+        return value
+
+    def _tensor(self, tensor: torch.Tensor, path: tuple[Any, ...]) -> torch.Tensor:
+        if tensor.nbytes > self.LARGEST or tensor.is_meta:
+            return tensor
+        version = -1 if tensor.is_inference() else tensor._version
+        before = self._seen.get(path)
+        if before is None or before[0] is not tensor or before[1] != version or version == -1:
+            self._seen[path] = before = (tensor, version, tensor.detach().clone())
+        return before[2]
+
+
+def versions(module: LightningModule) -> list[tuple[torch.Tensor, int]]:
+    """Each parameter, and how often it was written to. A write through ``.data`` is not seen."""
+    return [(one, one._version) for one in module.parameters() if not one.is_inference()]
+
+
+def untouched(tensors: list[tuple[torch.Tensor, int]]) -> bool:
+    """Whether none of them was written to since :func:`versions`."""
+    return all(one._version == version for one, version in tensors)
 
 
 def check_plain(value: Any, where: str) -> None:

@@ -1,0 +1,306 @@
+"""Where a run stands, so that a checkpoint is of a moment between two batches, and a resumed run does what that moment
+had left to do.
+
+The tricks it hides: Lightning saves its counters as they are in the hook that saves, which differ from hook to hook,
+and guesses from them where to go on: validations, schedules and epochs' ends that came after the file are left out,
+and finished epochs are taken up again. After an error it saves what a half-done batch has left behind. Here the moments
+are noted as they pass, and a resumed run enters Lightning's loops where it left them.
+
+An epoch passes through these stages:
+
+    "begin"       the epoch before is through
+    "between"     the next batch is to be asked for
+    "batch"       a batch is through; its validation and the schedules that follow it are due
+    "validated"   its validation is through; the schedules are due
+    "trained"     the last batch is through, with all that follows it
+    "epoch end"   the hooks of the epoch's end are through; schedules by a metric are due
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from eke import compat
+from eke.seams import state
+from eke.seams.data import Position
+from eke.seams.passes import Passes
+
+# Stages of which the run's own state tells at any time while they last.
+_LIVE = ("outside", "batch end", "validated", "epoch end", "over")
+
+
+class Standing:
+    """Of one run.
+
+    Args:
+        trainer, module: Of it.
+        position: Of its data.
+        passes: The window at hand, where a technique goes over it twice.
+        others: Gives what else is noted at each moment: the techniques' states, the progress.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        position: Position,
+        passes: Passes | None,
+        others: Callable[[], dict[str, Any]],
+    ) -> None:
+        self.trainer, self.module, self.position, self.passes, self.others = trainer, module, position, passes, others
+        self.phase = "outside"
+        self.resumes: dict[str, Any] | None = None  # where the run goes on, until it is there
+        self._moment: dict[str, Any] | None = None  # the last one between two batches
+        self._clean: dict[str, Any] | None = None  # the last one at which no gradient was held
+        self._evaluated = False  # since the last batch
+        self._exhausted = False
+        self._frozen: dict[str, Any] | None = None
+        self._copies = state.Copies()
+
+    # ------------------------------------------------------------------ moments pass
+
+    def layers(self) -> list[tuple[object, str, Callable[..., Any]]]:
+        """What to put around which method of whom."""
+        loop = self.trainer.fit_loop
+        return [
+            (loop, "setup_data", self._load),
+            (loop, compat.LOADERS_ARE_THERE, self._loaded),
+            (loop, "on_advance_start", self._begin_epoch),
+            (loop.epoch_loop, "reset", self._reset),
+            (loop.epoch_loop, "advance", self._batch),
+            (loop, "on_advance_end", self._end_epoch),
+        ]
+
+    def _load(self, call_next: Callable[..., Any]) -> None:
+        self.position.load()
+        call_next()
+
+    def _loaded(self, call_next: Callable[..., Any]) -> None:
+        states = [] if self.resumes is None else self.resumes["loaders"]
+        self.position.attach_all(states)
+        if not states:
+            call_next()
+
+    def _begin_epoch(self, call_next: Callable[..., Any]) -> None:
+        if self.resumes is not None and self.resumes["stage"] in ("begin", "epoch end"):
+            here, self.resumes = self.resumes, None
+            if here["stage"] == "epoch end":
+                compat.finish_epoch(self.trainer)
+            self._put_random(here)
+        if self.resumes is None:
+            self._note("begin")
+            self.phase = "begin"
+        call_next()
+
+    def _reset(self, call_next: Callable[..., Any]) -> None:
+        with warnings.catch_warnings():
+            if self.resumes is not None:  # Eke lets any loader be resumed, which Lightning cannot know
+                warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
+            call_next()
+
+    def _batch(self, call_next: Callable[..., Any], fetcher: Any) -> None:
+        here, self.resumes = self.resumes, None
+        if here is not None:
+            stage = here["stage"]
+            compat.stop_restarting(self.trainer, skip_validation=stage == "validated")
+            self._put_random(here)
+            if stage == "trained":
+                raise StopIteration
+            if stage != "between":
+                self.phase = stage
+                if stage == "batch":
+                    self._note("batch")
+                return
+            compat.run_batch_loop(self.trainer, restarting=False)
+        if self.phase == "batch" and not self._evaluated:
+            self._moment = {**self._moment, "stage": "between", "counters": compat.counters(self.trainer)}
+            if self._clean is not None and self._clean["counters"]["total"] == self._moment["counters"]["total"]:
+                self._clean = self._moment
+        else:
+            self._note("between")
+        self._evaluated = False
+        self.phase = "in a batch"
+        self.position.before_batch(self._moment["rng"])
+        try:
+            call_next(fetcher)
+        except StopIteration:
+            self._exhausted = True
+            raise
+        self._note("batch")
+        self.phase = "batch"
+
+    def _end_epoch(self, call_next: Callable[..., Any]) -> None:
+        self.resumes = None
+        over = self._exhausted or compat.epoch_is_over(self.trainer)
+        self._exhausted = False
+        # A run that ends within an epoch calls its end nevertheless: what goes on later goes on before that.
+        self._note("trained" if over else "between")
+        self.phase = "ends" if over else "cut"
+        call_next()
+        if over:
+            self.phase = "over"
+
+    def batch_ended(self) -> None:
+        """The hooks of a batch's end are being called, techniques' first."""
+        self.phase = "batch end"
+
+    def evaluated(self) -> None:
+        """A validation in ``fit`` is through."""
+        if self.phase in ("batch", "batch end", "validated"):
+            self.phase, self._evaluated = "validated", True
+
+    def evaluates(self) -> None:
+        """One begins: until it is through, the run stands before it."""
+        if self.phase == "validated":
+            self.phase = "batch"
+        self._evaluated = True
+
+    def epoch_ended(self) -> None:
+        """The hooks of an epoch's end are being called, techniques' first."""
+        if self.phase == "ends":
+            self.phase = "epoch end"
+
+    # ------------------------------------------------------------------ a moment
+
+    def _note(self, stage: str) -> None:
+        gradients = state.held_gradients(self.trainer) if stage != "begin" else {}
+        copies = self._copies
+        self._moment = {
+            "stage": stage,
+            "counters": compat.counters(self.trainer),
+            "rng": state.rng_state(),
+            "data": self.position.state_dict(),
+            "loaders": copy.deepcopy(compat.loader_states(self.trainer)),
+            "others": copies.take(self.others(), "others"),
+            "buffers": {name: copies.take(one, "buffers", name) for name, one in self.module.named_buffers()},
+            "weights": state.versions(self.module),
+            "gradients": [(name, one, one._version) for name, one in gradients.items()],
+            "window": None if self.passes is None or not gradients else self.passes.state_dict(),
+        }
+        if not gradients:
+            self._clean = self._moment
+
+    def _intact(self, moment: dict[str, Any]) -> bool:
+        """Whether the weights, and the gradients that were held, are still those of the moment."""
+        held = {name: one.grad for name, one in self.module.named_parameters()} if moment["gradients"] else {}
+        same = all(held.get(name) is one and one._version == version for name, one, version in moment["gradients"])
+        return same and state.untouched(moment["weights"])
+
+    def past(self) -> dict[str, Any] | None:
+        """The moment of which a checkpoint written now has to be; None where it can be of now."""
+        if self._frozen is not None:
+            return self._frozen
+        if self.resumes is not None or self._moment is None or self.phase in _LIVE:
+            return None
+        if self.phase != "in a batch":
+            return self._moment  # nothing trains there
+        if compat.batch_is_through(self.trainer):
+            return None
+        found = next((one for one in (self._moment, self._clean) if one is not None and self._intact(one)), None)
+        if found is None:
+            rank_zero_warn(
+                "Eke: this checkpoint is written in the middle of a batch whose weights have moved already: a run that "
+                "resumes from it goes through that batch again. Save in on_train_batch_end or later."
+            )
+            found = {**self._moment, "gradients": [], "window": None}
+        return found
+
+    def freeze(self) -> None:
+        """The run has failed: what is undone now does not belong to the checkpoint that may be written yet."""
+        if self.resumes is None and self._moment is not None and self._frozen is None:
+            past = self.past()
+            if past is None:
+                self._note(self._stage())
+                past = self._moment
+            self._frozen = past
+
+    def state_dict(self, past: dict[str, Any] | None) -> dict[str, Any]:
+        """What a checkpoint holds of where this process stands. ``past``: from :meth:`past`."""
+        if self.resumes is not None:
+            return self.resumes  # it has not come there yet
+        if past is None:
+            gradients = {} if self.phase in ("over", "epoch end") else state.held_gradients(self.trainer)
+            window = self.passes.state_dict() if self.passes is not None and gradients else None
+            here = {
+                "stage": self._stage(),
+                "counters": compat.counters(self.trainer),
+                "rng": state.rng_state(),
+                "data": self.position.state_dict(),
+                "loaders": compat.loader_states(self.trainer),
+            }
+        else:
+            gradients, window = {name: one for name, one, _ in past["gradients"]}, past["window"]
+            here = {key: past[key] for key in ("stage", "counters", "rng", "data", "loaders")}
+        return {
+            **here,
+            "gradients": {name: one.clone() for name, one in gradients.items()},
+            "window": window,
+            "metrics": compat.metrics(self.trainer),
+            "workers": any(map(compat.has_workers_running, compat.validation_loaders(self.trainer))),
+        }
+
+    def _stage(self) -> str:
+        if self.phase in ("validated", "epoch end"):
+            return self.phase
+        return "batch" if self.phase in ("in a batch", "batch end") else "begin"
+
+    # ------------------------------------------------------------------ a resumed run
+
+    def load_state_dict(self, here: dict[str, Any], loops: dict[str, Any]) -> dict[str, Any]:
+        """Take up where this process stood, before Lightning's loops take up theirs.
+
+        Returns:
+            The loops' part of the checkpoint as Lightning understands it.
+        """
+        self.resumes = here
+        counters, stage = here["counters"], here["stage"]
+        within = stage not in ("begin", "epoch end")
+        epoch = counters["epoch"] + (stage == "epoch end")
+        over = counters["last"] or stage == "trained"
+        place = {"rng": here["rng"], "epoch": epoch, "used": counters["batch"] if within else 0, "over": over}
+        begun = here["data"]["begun"] if within or epoch == 0 else None
+        self.position.load_state_dict({**here["data"], **place, "begun": begun})
+        return compat.set_counters(loops, {**counters, "epoch": epoch}, within=within)
+
+    def start(self) -> None:
+        """Called when training starts: lets Lightning's loops go on where the checkpoint was."""
+        here = self.resumes
+        if here is None:
+            return
+        within = here["stage"] not in ("begin", "epoch end")
+        compat.remember_loading(self.trainer, here["counters"])
+        compat.set_metrics(self.trainer, here["metrics"])
+        first = compat.counters(self.trainer)["epoch"] == 0
+        compat.believe_resumed(self.trainer, within=within, begins=first or self.position.keeps_own_state())
+        if within:
+            for callback in self.trainer.callbacks:
+                if isinstance(callback, _BY_EPOCH):
+                    with _rates_kept(self.trainer):
+                        callback.on_train_epoch_start(self.trainer, self.module)
+
+    def _put_random(self, here: dict[str, Any]) -> None:
+        if here["stage"] != "begin" or here["data"]["begun"] is not None or here["counters"]["epoch"] > 0:
+            state.set_rng_state(here["rng"])
+            self.position.set_generators(here["data"]["generators"])
+
+
+# Lightning's callbacks that set the Trainer up for an epoch where it begins. A run that goes on within one has no such
+# beginning, and they can do it again.
+_BY_EPOCH = (GradientAccumulationScheduler, StochasticWeightAveraging)
+
+
+@contextmanager
+def _rates_kept(trainer: Trainer) -> Iterator[None]:
+    """A schedule that is made inside steps once; the optimizer's rates come from the checkpoint already."""
+    before = [(group, group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    yield
+    for group, rate in before:
+        group["lr"] = rate
