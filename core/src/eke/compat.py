@@ -50,6 +50,7 @@ __all__ = [
     "load_loader_states",
     "loader_states",
     "loss_scale",
+    "means",
     "memory_profile",
     "memoryless",
     "metrics",
@@ -62,10 +63,12 @@ __all__ = [
     "saves_sharded",
     "set_counters",
     "set_epoch_length",
+    "set_means",
     "set_metrics",
     "start_at",
     "start_fake_processes",
     "stop_restarting",
+    "taken_up",
     "unscale_again",
     "unset_fake_temporarily",
     "validation_loaders",
@@ -251,7 +254,10 @@ def set_counters(loops: dict[str, Any], point: dict[str, Any], *, within: bool) 
     val = loops["epoch_loop.val_loop.batch_progress"]
     loops["epoch_loop.val_loop.batch_progress"] = {
         **val,
-        **{part: dict.fromkeys(val[part], 0 if part == "current" else val[part]["ready"]) for part in ("total", "current")},
+        **{
+            part: dict.fromkeys(val[part], 0 if part == "current" else val[part]["ready"])
+            for part in ("total", "current")
+        },
     }
     loops["epoch_loop.state_dict"] = {**loops["epoch_loop.state_dict"], "_batches_that_stepped": point["logged"]}
     return loops
@@ -307,11 +313,45 @@ def set_metrics(trainer: Trainer, logged: dict[str, torch.Tensor]) -> None:
     trainer._logger_connector._callback_metrics.update(logged)
 
 
+def means(trainer: Trainer) -> dict[str, dict[str, Any]]:
+    """What the running epoch has logged so far, of which its end will show the mean, sum or extreme.
+
+    Metrics of torchmetrics keep their own states, and are left out.
+    """
+    found = {}
+    for key, one in trainer.fit_loop.epoch_loop._results.items():
+        meta = one.meta
+        known = getattr(torch, meta.reduce_fx.__name__, None) is meta.reduce_fx and meta.sync.group is None
+        if one.is_tensor and meta.on_epoch and one.update_called and known:
+            plain = {name: getattr(meta, name) for name in _LOGGED}
+            values = {name: getattr(one, name) for name in ("value", "cumulated_batch_size") if hasattr(one, name)}
+            found[key] = {**plain, "reduce_fx": meta.reduce_fx.__name__, "sync_dist": meta.sync.should, **values}
+            found[key]["rank_zero_only"] = meta.sync.rank_zero_only
+    return found
+
+
+_LOGGED = ("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_dataloader_idx")
+
+
+def set_means(trainer: Trainer, logged: dict[str, dict[str, Any]]) -> None:
+    """Let the running epoch go on with what it had logged."""
+    results = trainer.fit_loop.epoch_loop._results
+    for key, one in logged.items():
+        rest = {name: item for name, item in one.items() if name not in ("value", "cumulated_batch_size")}
+        value = one["value"].to(trainer.strategy.root_device)
+        results.log(value=value, sync_dist_fn=trainer.strategy.reduce, batch_size=1, **rest)
+        results[key].value = value
+        if "cumulated_batch_size" in one:
+            results[key].cumulated_batch_size = one["cumulated_batch_size"].to(value.device)
+
+
 def finish_epoch(trainer: Trainer) -> None:
     """What Lightning does after the hooks of an epoch's end: schedules that go by a metric, and the count."""
     loop = trainer.fit_loop
+    epochs = loop.epoch_progress
+    epochs.current.completed, epochs.total.completed = epochs.current.completed - 1, epochs.total.completed - 1
     loop.epoch_loop._update_learning_rates("epoch", update_plateau_schedulers=True)
-    loop.epoch_progress.increment_completed()
+    epochs.increment_completed()
 
 
 def loader_states(trainer: Trainer) -> list[dict[str, Any]]:
@@ -338,8 +378,15 @@ def keeps_state(loader: Any) -> bool:
 
 
 def iterators_of(combined: Any) -> list[Any]:
-    """Of the running epoch, one for each loader."""
+    """Of the running epoch, one for each loader; a shorter loader's is replaced where it begins anew."""
     return combined._iterator.iterators
+
+
+def taken_up(combined: Any, batches: int, again: Iterable[int]) -> None:
+    """Let the combination know how many batches were drawn from its iterators, and which loaders began ``again``."""
+    combined._iterator._idx = batches
+    for number in again:
+        combined._iterator._consumed[number] = True
 
 
 def has_workers_running(loader: Any) -> bool:

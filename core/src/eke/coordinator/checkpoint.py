@@ -60,7 +60,9 @@ def write_past(checkpoint: dict[str, Any], past: dict[str, Any]) -> None:
         if name in others["states"]:
             entry["state"], entry["generator"] = others["states"][name], others["generators"][name]
     weights = checkpoint["state_dict"]
-    buffers = {name: one for name, one in past["buffers"].items() if name in weights and one.shape == weights[name].shape}
+    buffers = {
+        name: one for name, one in past["buffers"].items() if name in weights and one.shape == weights[name].shape
+    }
     checkpoint["state_dict"] = {**weights, **buffers}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins import DoublePrecision
 from torch import Tensor
 
 from eke.coordinator import checkpoint as checkpoints
@@ -19,7 +20,7 @@ from eke.seams.masks import Masks
 from eke.seams.passes import Passes
 from eke.seams.progress import Progress
 from eke.seams.saved import Saved
-from eke.seams.standing import Standing
+from eke.seams.standing import Standing, refuse_finders
 from eke.seams.swap import Swap
 from eke.seams.terms import LossTerms
 
@@ -82,7 +83,7 @@ class Coordinator(Hooks):
         opening.seed(self.techniques, trainer)
         if self._masks is None or self._masks.module is not module:
             self._masks = Masks(module)
-        shared = Shared(self.progress, self._masks, Saved(module))
+        shared = Shared(self.progress, self._masks, Saved(module), position=Position(trainer))
         if fitting and self._any("loss"):
             shared.terms = LossTerms(module)
         if fitting and any(one.passes > 1 for one in self.techniques):
@@ -91,7 +92,7 @@ class Coordinator(Hooks):
         self.runs = {type(one).technique.name: Run(one, trainer, module, stage, shared) for one in self.techniques}
         for technique in self.techniques:
             technique._coordinator, technique._run = self, self.runs[type(technique).technique.name]
-        self._wiring = Wiring(self.techniques, self.runs, trainer, Position(trainer))
+        self._wiring = Wiring(self.techniques, self.runs, trainer, shared.position)
         if fitting:
             self.position = self._wiring.position
             self.standing = Standing(trainer, module, self.position, shared.passes, self._others)
@@ -124,6 +125,8 @@ class Coordinator(Hooks):
 
         def load(call_next: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
             self._load(checkpoint, module)
+            if fitting and isinstance(trainer.precision_plugin, DoublePrecision):
+                trainer.precision_plugin.convert_module(module)  # Lightning does so after weights have loaded, rounded
             call_next(checkpoint)
 
         wiring.wrap(module, "on_save_checkpoint", save)
@@ -212,6 +215,7 @@ class Coordinator(Hooks):
         if own is not None:
             checkpoints.restore(own, self.techniques, self.progress, self._masks)
             if trainer.state.fn == "fit" and "ranks" in own and self.standing is not None:
+                refuse_finders(trainer)
                 self._begins_with = checkpoints.rank_of(own, trainer) or {}
                 checkpoints.restore_rank(self._begins_with, self.techniques)
                 self._resumed = own

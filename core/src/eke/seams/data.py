@@ -32,16 +32,19 @@ class Position:
     Attributes:
         begun: Random state and generators with which the running epoch's iterators were made.
         ahead: The same before the last batch was asked for: the next one is drawn then where data has no length.
+        again: Of each loader that is shorter than the others and has begun anew in this epoch: at which batch, and with
+            which random state and generators.
         loads: How often the run has asked for its loaders.
-        number: Of the train loader at hand among those that are asked for together.
     """
 
     def __init__(self, trainer: Trainer | None = None) -> None:
         self.trainer = trainer
         self.begun: dict[str, Any] | None = None
         self.ahead: dict[str, Any] | None = None
+        self.again: dict[int, dict[str, Any]] = {}
         self.pending: dict[str, Any] | None = None  # from a checkpoint, until iterators are made
-        self.loads = self.number = 0
+        self.loads = 0
+        self._asked = 0
         self._owned: list[Any] = []
         self._together: CombinedLoader | None = None
         self._sources: list[_Source] = []
@@ -49,15 +52,14 @@ class Position:
     # ------------------------------------------------------------------ loaders come
 
     def load(self) -> None:
-        """The run is about to ask for its loaders."""
+        """The run is about to ask for its loaders, if it does so."""
         self.loads += 1
-        self.number = 0
-        self._owned = []
 
     def attach(self, owned: list[Any]) -> None:
         """One of them has come. ``owned``: those whose samples are chosen now: a state that such a loader keeps of its
         own counts other samples, and is not given back."""
-        self.number += 1
+        if self._asked != self.loads:
+            self._asked, self._owned = self.loads, []
         self._owned += owned
 
     def attach_all(self, states: list[dict[str, Any]]) -> None:
@@ -71,7 +73,7 @@ class Position:
             _classes[plain] = type(f"Resumable{plain.__name__}", (_Together, plain), {"plain": plain})
         combined.__class__, combined.eke_position = _classes[plain], self
         self._together = combined
-        self._sources = _sources(combined.flattened)
+        self._sources = sources(combined.flattened)
         if states:
             compat.load_loader_states(self.trainer, states, self._owned)
 
@@ -110,13 +112,13 @@ class Position:
 
     def state_dict(self) -> dict[str, Any]:
         if self.pending is not None:  # nothing was drawn yet
-            return {key: self.pending[key] for key in ("begun", "generators", "ahead")}
-        return {"begun": self.begun, "generators": self.generators(), "ahead": self.ahead}
+            return {key: self.pending[key] for key in ("begun", "generators", "ahead", "again")}
+        return {"begun": self.begun, "generators": self.generators(), "ahead": self.ahead, "again": dict(self.again)}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Args:
-            state: With ``"rng"``, and ``"epoch"``, ``"used"`` and ``"over"``: of the epoch whose iterators are to be
-                made, the batches of it that were used, and whether these were all.
+        state: With ``"rng"``, and ``"epoch"``, ``"used"`` and ``"over"``: of the epoch whose iterators are to be
+            made, the batches of it that were used, and whether these were all.
         """
         self.pending = state
 
@@ -125,7 +127,7 @@ class Position:
 
     def _begin(self) -> None:
         self.begun = {"rng": rng_state(), "generators": self.generators()}
-        self.ahead = None
+        self.ahead, self.again = None, {}
 
     def _resume(self, combined: CombinedLoader, make: Any) -> None:
         pending, self.pending = self.pending, None
@@ -143,22 +145,37 @@ class Position:
         make()
         if pending["begun"] is None:
             return
-        if not pending["over"]:
+        if not pending["over"] and pending["used"]:
+            self.again = dict(pending["again"])
             self._skip(combined, pending["used"])
         self.ahead = pending["ahead"]
         after = pending if self.ahead is None or pending["used"] == 0 else self.ahead
-        set_rng_state(after["rng"])  # as the batch that is read ahead found it; the run puts back its own where it goes on
+        set_rng_state(
+            after["rng"]
+        )  # as the batch that is read ahead found it; the run puts back its own where it goes on
         self.set_generators(after["generators"])
 
     def _skip(self, combined: CombinedLoader, batches: int) -> None:
-        if not any(map(self._by_itself, combined.flattened)):
-            for _ in range(batches):
-                next(combined)
-            return
-        for loader, iterator in zip(combined.flattened, compat.iterators_of(combined), strict=True):
-            if not self._by_itself(loader):
-                for _ in range(batches):
-                    next(iterator)
+        """Drop what was seen: loaders draw in turns from one random state, and one that began anew did so later on."""
+        iterators = compat.iterators_of(combined)
+        own = {number for number, loader in enumerate(combined.flattened) if self._by_itself(loader)}
+        counted = set(range(len(iterators))) - own
+        for done in range(batches):
+            for number in sorted(counted):
+                if done == 0 or number not in self.again:
+                    next(iterators[number], None)
+        for batch in sorted({one["batch"] for one in self.again.values()}):
+            anew = sorted(number for number in counted if self.again.get(number, {}).get("batch") == batch)
+            for number in anew:
+                if number == anew[0]:
+                    set_rng_state(self.again[number]["rng"])
+                    self.set_generators(self.again[number]["generators"])
+                iterators[number] = iter(combined.flattened[number])
+                next(iterators[number], None)
+            for number in anew:
+                for _ in range(batches - batch - 1):
+                    next(iterators[number], None)
+        compat.taken_up(combined, batches, self.again)
 
 
 class _Together(CombinedLoader):
@@ -172,6 +189,16 @@ class _Together(CombinedLoader):
             position._begin()
             super().__iter__()
         return self
+
+    def __next__(self) -> Any:
+        if len(self.flattened) == 1:
+            return super().__next__()
+        position, before = self.eke_position, list(compat.iterators_of(self))
+        item = super().__next__()
+        for number, iterator in enumerate(compat.iterators_of(self)):
+            if iterator is not before[number] and position.ahead is not None:
+                position.again[number] = {"batch": item[1], **position.ahead}
+        return item
 
     def __copy__(self) -> CombinedLoader:
         twin = self.plain.__new__(self.plain)
@@ -216,7 +243,7 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _sources(loaders: Iterable[Any]) -> list[_Source]:
+def sources(loaders: Iterable[Any]) -> list[_Source]:
     """Generators that loaders hold, their samplers, data sets and what turns samples into batches, each once."""
     import numpy
 

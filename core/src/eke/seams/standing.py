@@ -20,18 +20,34 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from eke import compat
 from eke.seams import state
-from eke.seams.data import Position
+from eke.seams.data import Position, sources
 from eke.seams.passes import Passes
+from eke.seams.state import Copies
+from eke.spec import EkeError
+
+
+class ResumeError(EkeError, MisconfigurationException):
+    """A run cannot go on from a checkpoint as it was."""
+
 
 # Stages of which the run's own state tells at any time while they last.
 _LIVE = ("outside", "batch end", "validated", "epoch end", "over")
@@ -61,9 +77,10 @@ class Standing:
         self._moment: dict[str, Any] | None = None  # the last one between two batches
         self._clean: dict[str, Any] | None = None  # the last one at which no gradient was held
         self._evaluated = False  # since the last batch
+        self._evaluation: dict[str, Any] | None = None  # of a checkpoint, until the validation's loaders are there
         self._exhausted = False
         self._frozen: dict[str, Any] | None = None
-        self._copies = state.Copies()
+        self._copies = Copies()
 
     # ------------------------------------------------------------------ moments pass
 
@@ -77,6 +94,7 @@ class Standing:
             (loop.epoch_loop, "reset", self._reset),
             (loop.epoch_loop, "advance", self._batch),
             (loop, "on_advance_end", self._end_epoch),
+            (loop.epoch_loop.val_loop, "setup_data", self._load_validation),
         ]
 
     def _load(self, call_next: Callable[..., Any]) -> None:
@@ -88,6 +106,21 @@ class Standing:
         self.position.attach_all(states)
         if not states:
             call_next()
+
+    def _load_validation(self, call_next: Callable[..., Any]) -> None:
+        call_next()
+        here, loaders = self._evaluation, compat.validation_loaders(self.trainer)
+        if here is None or not loaders:
+            return
+        self._evaluation = None
+        if here["workers"]:
+            random = state.rng_state()
+            for loader in loaders:
+                if getattr(loader, "persistent_workers", False) and not compat.has_workers_running(loader):
+                    iter(loader)  # such workers are started once, and their seed was drawn before the run was cut
+            state.set_rng_state(random)
+        for source, own in zip(sources(loaders), here["generators"], strict=False):
+            source.set(own)
 
     def _begin_epoch(self, call_next: Callable[..., Any]) -> None:
         if self.resumes is not None and self.resumes["stage"] in ("begin", "epoch end"):
@@ -111,6 +144,7 @@ class Standing:
         if here is not None:
             stage = here["stage"]
             compat.stop_restarting(self.trainer, skip_validation=stage == "validated")
+            compat.set_means(self.trainer, here["means"])
             self._put_random(here)
             if stage == "trained":
                 raise StopIteration
@@ -142,7 +176,7 @@ class Standing:
         over = self._exhausted or compat.epoch_is_over(self.trainer)
         self._exhausted = False
         # A run that ends within an epoch calls its end nevertheless: what goes on later goes on before that.
-        self._note("trained" if over else "between")
+        self._note("trained" if over else "between", Copies() if over else Copies(largest=None))
         self.phase = "ends" if over else "cut"
         call_next()
         if over:
@@ -170,29 +204,39 @@ class Standing:
 
     # ------------------------------------------------------------------ a moment
 
-    def _note(self, stage: str) -> None:
-        gradients = state.held_gradients(self.trainer) if stage != "begin" else {}
-        copies = self._copies
+    def _note(self, stage: str, copies: Copies | None = None) -> None:
+        gradients = state.held_gradients(self.trainer)
+        copies = copies or self._copies
         self._moment = {
             "stage": stage,
             "counters": compat.counters(self.trainer),
             "rng": state.rng_state(),
             "data": self.position.state_dict(),
             "loaders": copy.deepcopy(compat.loader_states(self.trainer)),
+            "means": compat.means(self.trainer),
             "others": copies.take(self.others(), "others"),
-            "buffers": {name: copies.take(one, "buffers", name) for name, one in self.module.named_buffers()},
+            "buffers": {name: self._buffer(name, one) for name, one in self.module.named_buffers()},
             "weights": state.versions(self.module),
-            "gradients": [(name, one, one._version) for name, one in gradients.items()],
+            # weakly: what the user clears must not be held until the next moment
+            "gradients": [(name, weakref.ref(one), one._version) for name, one in gradients.items()],
             "window": None if self.passes is None or not gradients else self.passes.state_dict(),
         }
         if not gradients:
             self._clean = self._moment
 
+    def _buffer(self, name: str, buffer: Tensor) -> Tensor:
+        # torch moves a batch norm's statistics without counting it as a change
+        running = name.endswith(("running_mean", "running_var"))
+        return buffer.detach().clone() if running else self._copies.take(buffer, "buffers", name)
+
     def _intact(self, moment: dict[str, Any]) -> bool:
         """Whether the weights, and the gradients that were held, are still those of the moment."""
         held = {name: one.grad for name, one in self.module.named_parameters()} if moment["gradients"] else {}
-        same = all(held.get(name) is one and one._version == version for name, one, version in moment["gradients"])
-        return same and state.untouched(moment["weights"])
+        for name, kept, version in moment["gradients"]:
+            one = kept()
+            if one is None or held.get(name) is not one or one._version != version:
+                return False
+        return state.untouched(moment["weights"])
 
     def past(self) -> dict[str, Any] | None:
         """The moment of which a checkpoint written now has to be; None where it can be of now."""
@@ -205,13 +249,7 @@ class Standing:
         if compat.batch_is_through(self.trainer):
             return None
         found = next((one for one in (self._moment, self._clean) if one is not None and self._intact(one)), None)
-        if found is None:
-            rank_zero_warn(
-                "Eke: this checkpoint is written in the middle of a batch whose weights have moved already: a run that "
-                "resumes from it goes through that batch again. Save in on_train_batch_end or later."
-            )
-            found = {**self._moment, "gradients": [], "window": None}
-        return found
+        return found or {**self._moment, "gradients": [], "window": None, "moved": True}
 
     def freeze(self) -> None:
         """The run has failed: what is undone now does not belong to the checkpoint that may be written yet."""
@@ -224,10 +262,15 @@ class Standing:
 
     def state_dict(self, past: dict[str, Any] | None) -> dict[str, Any]:
         """What a checkpoint holds of where this process stands. ``past``: from :meth:`past`."""
+        if past is not None and "moved" in past:
+            rank_zero_warn(
+                "Eke: this checkpoint is written in the middle of a batch whose weights have moved already: a run that "
+                "resumes from it goes through that batch again. Save in on_train_batch_end or later."
+            )
         if self.resumes is not None:
             return self.resumes  # it has not come there yet
         if past is None:
-            gradients = {} if self.phase in ("over", "epoch end") else state.held_gradients(self.trainer)
+            gradients = state.held_gradients(self.trainer)
             window = self.passes.state_dict() if self.passes is not None and gradients else None
             here = {
                 "stage": self._stage(),
@@ -235,17 +278,25 @@ class Standing:
                 "rng": state.rng_state(),
                 "data": self.position.state_dict(),
                 "loaders": compat.loader_states(self.trainer),
+                "means": compat.means(self.trainer),
             }
         else:
-            gradients, window = {name: one for name, one, _ in past["gradients"]}, past["window"]
-            here = {key: past[key] for key in ("stage", "counters", "rng", "data", "loaders")}
+            kept = {name: one() for name, one, _ in past["gradients"]}
+            gradients, window = {name: one for name, one in kept.items() if one is not None}, past["window"]
+            here = {key: past[key] for key in ("stage", "counters", "rng", "data", "loaders", "means")}
         return {
             **here,
             "gradients": {name: one.clone() for name, one in gradients.items()},
             "window": window,
             "metrics": compat.metrics(self.trainer),
-            "workers": any(map(compat.has_workers_running, compat.validation_loaders(self.trainer))),
+            "evaluation": self._evaluation or self._evaluates(),
         }
+
+    def _evaluates(self) -> dict[str, Any]:
+        """What the validation's loaders will draw from."""
+        loaders = compat.validation_loaders(self.trainer)
+        generators = [source.state() for source in sources(loaders)]
+        return {"workers": any(map(compat.has_workers_running, loaders)), "generators": generators}
 
     def _stage(self) -> str:
         if self.phase in ("validated", "epoch end"):
@@ -260,7 +311,7 @@ class Standing:
         Returns:
             The loops' part of the checkpoint as Lightning understands it.
         """
-        self.resumes = here
+        self.resumes, self._evaluation = here, here["evaluation"]
         counters, stage = here["counters"], here["stage"]
         within = stage not in ("begin", "epoch end")
         epoch = counters["epoch"] + (stage == "epoch end")
@@ -304,3 +355,19 @@ def _rates_kept(trainer: Trainer) -> Iterator[None]:
     yield
     for group, rate in before:
         group["lr"] = rate
+
+
+def refuse_finders(trainer: Trainer) -> None:
+    """Called when a run resumes.
+
+    Raises:
+        ResumeError: Lightning's finders try out learning rates or batch sizes before training, and put back what they
+            saved before that: in place of the checkpoint's optimizer and counters, which are not restored then.
+    """
+    own = Path(str(trainer.ckpt_path)).name.startswith((".lr_find_", ".scale_batch_size_"))  # the finder's, put back
+    found = [type(one).__name__ for one in trainer.callbacks if isinstance(one, (LearningRateFinder, BatchSizeFinder))]
+    if found and not own:
+        raise ResumeError(
+            f"{found[0]} tries out values before training, and Lightning then goes on without the checkpoint's "
+            f"optimizer state and counters. Leave {found[0]} out of the run that resumes, and give the value it found."
+        )

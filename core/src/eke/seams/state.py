@@ -75,13 +75,16 @@ def set_gradients(pl_module: LightningModule, gradients: dict[str, torch.Tensor]
 
 
 class Copies:
-    """Copies of states as they are now, for a moment at which they have moved on. A tensor that has not changed since it
-    was last copied is not copied again, and one above ``LARGEST`` bytes is not copied at all.
+    """Copies of states as they are now, for a moment at which they have moved on.
+
+    A tensor that has not changed since it was last copied is not copied again.
+
+    Args:
+        largest: Tensors of more bytes are not copied; with None, all are, large ones to the CPU.
     """
 
-    LARGEST = 2**20
-
-    def __init__(self) -> None:
+    def __init__(self, largest: int | None = 2**20) -> None:
+        self.largest = largest
         self._seen: dict[tuple[Any, ...], tuple[torch.Tensor, int, torch.Tensor]] = {}
 
     def take(self, value: Any, *path: Any) -> Any:
@@ -95,7 +98,9 @@ class Copies:
         return value
 
     def _tensor(self, tensor: torch.Tensor, path: tuple[Any, ...]) -> torch.Tensor:
-        if tensor.nbytes > self.LARGEST or tensor.is_meta:
+        if self.largest is None and not tensor.is_meta:
+            return tensor.detach().cpu() if tensor.is_cuda else tensor.detach().clone()
+        if tensor.is_meta or tensor.nbytes > self.largest:
             return tensor
         version = -1 if tensor.is_inference() else tensor._version
         before = self._seen.get(path)
