@@ -432,7 +432,7 @@ WAYS = [
     Way("`ModelCheckpoint` by steps, within an epoch", step(7)),
     Way("`ModelCheckpoint` by steps, at an epoch's last batch", step(10)),
     Way(
-        "ModelCheckpoint after each validation",
+        "`ModelCheckpoint` after each validation",
         lambda path: _each(path, batches=6, every_n_epochs=1, save_on_train_epoch_end=False),
     ),
     Way("`ModelCheckpoint` at an epoch's end", lambda path: _each(path, batches=6, save_on_train_epoch_end=True)),
@@ -616,7 +616,7 @@ def test_the_readme_lists_these_ways_and_options():
     assert listed.strip() == table(), f"write core/README.md anew: python {Path(__file__).name}"
 
 
-@pytest.mark.parametrize("finder", [LearningRateFinder(num_training=4), BatchSizeFinder(max_trials=2)], ids=type_of)
+@pytest.mark.parametrize("finder", [LearningRateFinder(num_training_steps=4), BatchSizeFinder(max_trials=2)], ids=type_of)
 def test_a_run_is_the_same_after_values_were_tried_out_before_it(tmp_path, finder):
     """Both replace the only train loader, and try it without the techniques' hooks."""
     option = next(one for one in OPTIONS if one.name == "samples chosen by epoch")
@@ -630,7 +630,7 @@ def test_a_finder_in_a_run_that_resumes_is_refused(tmp_path):
     path = tmp_path / "cut.ckpt"
     run(OPTIONS[0], step(7)(path))
     with pytest.raises(ResumeError, match="LearningRateFinder tries out.*Leave LearningRateFinder out"):
-        run(OPTIONS[0], [LearningRateFinder(num_training=4)], ckpt=path, loader_of_module=True)
+        run(OPTIONS[0], [LearningRateFinder(num_training_steps=4)], ckpt=path, loader_of_module=True)
 
 
 def test_two_loaders_together_are_still_too_many_for_chosen_samples():
