@@ -577,8 +577,8 @@ NAMED = {
     "`ModelCheckpoint` and validation by wall-clock time": "time passes otherwise",
     "a checkpoint written within a batch whose weights have moved already": "that batch is trained on again; it is "
     "said when the file is written",
-    "a technique's tensors above 1 MiB, where the file is written within a batch": "they are not copied at each batch, "
-    "and are saved as they are",
+    "a technique's tensors above 1 MiB, or all where weights are sharded, in a file that is written within a batch": ""
+    "they are not copied at each batch, and are saved as they are",
     "`LearningRateFinder` and `BatchSizeFinder` in the run that resumes": "refused: Lightning then drops the "
     "checkpoint's optimizer state and counters",
     "another number of processes": "weights, optimizer and schedules go on; the order of the data and the random "
@@ -616,7 +616,9 @@ def test_the_readme_lists_these_ways_and_options():
     assert listed.strip() == table(), f"write core/README.md anew: python {Path(__file__).name}"
 
 
-@pytest.mark.parametrize("finder", [LearningRateFinder(num_training_steps=4), BatchSizeFinder(max_trials=2)], ids=type_of)
+@pytest.mark.parametrize(
+    "finder", [LearningRateFinder(num_training_steps=4), BatchSizeFinder(max_trials=2)], ids=type_of
+)
 def test_a_run_is_the_same_after_values_were_tried_out_before_it(tmp_path, finder):
     """Both replace the only train loader, and try it without the techniques' hooks."""
     option = next(one for one in OPTIONS if one.name == "samples chosen by epoch")

@@ -20,6 +20,7 @@ from eke.seams.masks import Masks
 from eke.seams.passes import Passes
 from eke.seams.progress import Progress
 from eke.seams.saved import Saved
+from eke.seams.shards import is_sharded
 from eke.seams.standing import Standing, refuse_finders
 from eke.seams.swap import Swap
 from eke.seams.terms import LossTerms
@@ -140,7 +141,9 @@ class Coordinator(Hooks):
 
     def _others(self) -> dict[str, Any]:
         """What a checkpoint holds of techniques, beside what they were built from."""
-        names = {type(one).technique.name: one for one in self.techniques}
+        # Where weights are sharded, a state may have to be gathered: too dear for each batch.
+        sharded = is_sharded(self.standing.module.parameters())
+        names = {} if sharded else {type(one).technique.name: one for one in self.techniques}
         return {
             "states": {name: one.state_dict() for name, one in names.items()},
             "generators": {name: one.generator.get_state() for name, one in names.items()},
@@ -175,6 +178,8 @@ class Coordinator(Hooks):
                 forget_run(technique)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and self._wiring is not None:
+            self.standing.freeze()  # a checkpoint that is written after a test is of the end of training
         self.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

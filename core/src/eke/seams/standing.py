@@ -245,7 +245,7 @@ class Standing:
         if self.resumes is not None or self._moment is None or self.phase in _LIVE:
             return None
         if self.phase != "in a batch":
-            return self._moment  # nothing trains there
+            return None if self._followed() else self._moment  # nothing trains there
         if compat.batch_is_through(self.trainer):
             return None
         found = next((one for one in (self._moment, self._clean) if one is not None and self._intact(one)), None)
@@ -299,9 +299,19 @@ class Standing:
         return {"workers": any(map(compat.has_workers_running, loaders)), "generators": generators}
 
     def _stage(self) -> str:
-        if self.phase in ("validated", "epoch end"):
-            return self.phase
+        if self.phase in ("batch", "validated"):
+            return "between" if self._followed() else self.phase
+        if self.phase == "epoch end":
+            return "begin" if self._followed() else self.phase
         return "batch" if self.phase in ("in a batch", "batch end") else "begin"
+
+    def _followed(self) -> bool:
+        """Whether the schedules that follow a batch or an epoch are through, but not yet what comes next: there
+        Lightning ends a run that is told to terminate."""
+        if self._moment is None or self.phase not in ("batch", "validated", "epoch end"):
+            return False
+        before, now = self._moment["counters"], compat.counters(self.trainer)
+        return (before["epoch"], before["logged"]) != (now["epoch"], now["logged"])
 
     # ------------------------------------------------------------------ a resumed run
 
