@@ -56,6 +56,7 @@ __all__ = [
     "metrics",
     "parse_optimizers",
     "parse_schedulers",
+    "plain_means",
     "process_store",
     "refuse_gradient",
     "remember_loading",
@@ -313,36 +314,47 @@ def set_metrics(trainer: Trainer, logged: dict[str, torch.Tensor]) -> None:
     trainer._logger_connector._callback_metrics.update(logged)
 
 
-def means(trainer: Trainer) -> dict[str, dict[str, Any]]:
-    """What the running epoch has logged so far, of which its end will show the mean, sum or extreme.
+def means(trainer: Trainer) -> list[tuple[Any, Any, Any]]:
+    """What the running epoch has logged so far, of which its end shows the mean, sum or extreme: each with its value
+    and count, which are replaced, and not changed, as more is logged."""
+    results, found = trainer.fit_loop.epoch_loop._results, []
+    for key in results:
+        one = results[key]
+        if one.is_tensor and one.meta.on_epoch and one._update_count:
+            found.append((one, one.value, vars(one).get("cumulated_batch_size")))
+    return found
 
-    Metrics of torchmetrics keep their own states, and are left out.
-    """
-    found = {}
-    for key, one in trainer.fit_loop.epoch_loop._results.items():
+
+def plain_means(noted: list[tuple[Any, Any, Any]]) -> list[dict[str, Any]]:
+    """What :func:`means` gave, in plain values. Metrics of torchmetrics keep their own states, and are left out."""
+    found = []
+    for one, value, count in noted:
         meta = one.meta
-        known = getattr(torch, meta.reduce_fx.__name__, None) is meta.reduce_fx and meta.sync.group is None
-        if one.is_tensor and meta.on_epoch and one.update_called and known:
+        if getattr(torch, meta.reduce_fx.__name__, None) is meta.reduce_fx and meta.sync.group is None:
             plain = {name: getattr(meta, name) for name in _LOGGED}
-            values = {name: getattr(one, name) for name in ("value", "cumulated_batch_size") if hasattr(one, name)}
-            found[key] = {**plain, "reduce_fx": meta.reduce_fx.__name__, "sync_dist": meta.sync.should, **values}
-            found[key]["rank_zero_only"] = meta.sync.rank_zero_only
+            sync = {"sync_dist": meta.sync.should, "rank_zero_only": meta.sync.rank_zero_only}
+            found.append({**plain, **sync, "reduce_fx": meta.reduce_fx.__name__, "value": value, "count": count})
     return found
 
 
 _LOGGED = ("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_dataloader_idx")
 
 
-def set_means(trainer: Trainer, logged: dict[str, dict[str, Any]]) -> None:
+def set_means(trainer: Trainer, logged: list[dict[str, Any]]) -> None:
     """Let the running epoch go on with what it had logged."""
     results = trainer.fit_loop.epoch_loop._results
-    for key, one in logged.items():
-        rest = {name: item for name, item in one.items() if name not in ("value", "cumulated_batch_size")}
-        value = one["value"].to(trainer.strategy.root_device)
+    if logged:
+        trainer._logger_connector._first_loop_iter = (
+            True  # else the next batch passes for the epoch's first, and resets
+        )
+    for one in logged:
+        value, count = one["value"].to(trainer.strategy.root_device), one["count"]
+        rest = {name: item for name, item in one.items() if name not in ("value", "count")}
         results.log(value=value, sync_dist_fn=trainer.strategy.reduce, batch_size=1, **rest)
-        results[key].value = value
-        if "cumulated_batch_size" in one:
-            results[key].cumulated_batch_size = one["cumulated_batch_size"].to(value.device)
+        result = results[f"{one['fx']}.{one['name']}"]
+        result.value = value
+        if count is not None:
+            result.cumulated_batch_size = count.to(value.device)
 
 
 def finish_epoch(trainer: Trainer) -> None:

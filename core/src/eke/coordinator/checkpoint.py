@@ -55,10 +55,10 @@ def write(
 def write_past(checkpoint: dict[str, Any], past: dict[str, Any]) -> None:
     """Put in what techniques, the progress and buffers were at a moment that is past, in place of what they are now."""
     own, others = checkpoint[state.KEY], past["others"]
-    own["progress"] = others["progress"]
+    own["progress"] = {**own["progress"], **others["progress"]}
     for name, entry in own["techniques"].items():
-        if name in others["states"]:
-            entry["state"], entry["generator"] = others["states"][name], others["generators"][name]
+        entry["state"] = others["states"].get(name, entry["state"])
+        entry["generator"] = others["generators"].get(name, entry["generator"])
     weights = checkpoint["state_dict"]
     buffers = {
         name: one for name, one in past["buffers"].items() if name in weights and one.shape == weights[name].shape
@@ -74,8 +74,8 @@ def write_ranks(
     several processes the techniques' states, which may hold what a process has noted of its own samples."""
     here = standing.state_dict(past)
     if trainer.world_size > 1:
-        states = {type(one).technique.name: one.state_dict() for one in techniques} if past is None else None
-        states = past["others"]["states"] if states is None else states
+        states = {type(one).technique.name: one.state_dict() for one in techniques}
+        states.update({} if past is None else past["others"]["states"])
         here = {**here, "states": {name: one for name, one in states.items() if one}}
     checkpoint[state.KEY]["ranks"] = state.gather(trainer, here)
 

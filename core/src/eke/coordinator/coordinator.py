@@ -22,6 +22,7 @@ from eke.seams.progress import Progress
 from eke.seams.saved import Saved
 from eke.seams.shards import is_sharded
 from eke.seams.standing import Standing, refuse_finders
+from eke.seams.state import Copies
 from eke.seams.swap import Swap
 from eke.seams.terms import LossTerms
 
@@ -44,6 +45,7 @@ class Coordinator(Hooks):
         self._passes: Passes | None = None
         self._masks: Masks | None = None  # outlives the run, as the zeros do, for a checkpoint that is written after it
         self._swap: Swap | None = None
+        self._stateful: list[TechniqueCallback] = []  # those that keep a state of their own
         self._before_step: list[Callable[..., Any]] = []
         self._resumed: dict[str, Any] = {}  # the checkpoint's, until training starts
         self._begins_with: dict[str, Any] = {}  # what this process had of its own, from a checkpoint
@@ -96,6 +98,7 @@ class Coordinator(Hooks):
         self._wiring = Wiring(self.techniques, self.runs, trainer, shared.position)
         if fitting:
             self.position = self._wiring.position
+            self._stateful = [one for one in self.techniques if opening.overrides(one, "state_dict")]
             self.standing = Standing(trainer, module, self.position, shared.passes, self._others)
         try:
             opening.check(self.techniques, self.runs, trainer, module)
@@ -139,16 +142,14 @@ class Coordinator(Hooks):
             wiring.loaders(trainer)
             wiring.moments(self.standing, trainer, self._batch_ended, self._epoch_ended)
 
-    def _others(self) -> dict[str, Any]:
-        """What a checkpoint holds of techniques, beside what they were built from."""
-        # Where weights are sharded, a state may have to be gathered: too dear for each batch.
-        sharded = is_sharded(self.standing.module.parameters())
-        names = {} if sharded else {type(one).technique.name: one for one in self.techniques}
-        return {
-            "states": {name: one.state_dict() for name, one in names.items()},
-            "generators": {name: one.generator.get_state() for name, one in names.items()},
-            "progress": self.progress.state_dict(),
-        }
+    def _others(self, copies: Copies) -> dict[str, Any]:
+        """What a checkpoint holds of techniques, beside what they were built from. It runs for each batch."""
+        states, generators = {}, {}
+        for one in self._stateful:
+            states[type(one).technique.name] = copies.take(one.state_dict(), type(one).technique.name)
+        for one in self.techniques:
+            generators[type(one).technique.name] = one._generator.get_state()
+        return {"states": states, "generators": generators, "progress": self.progress.counted()}
 
     def _any(self, resource: str) -> bool:
         """Whether a technique of the run writes to a resource."""
@@ -178,8 +179,6 @@ class Coordinator(Hooks):
                 forget_run(technique)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and self._wiring is not None:
-            self.standing.freeze()  # a checkpoint that is written after a test is of the end of training
         self.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -274,6 +273,8 @@ class Coordinator(Hooks):
     # ------------------------------------------------------------------ hooks of a run
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if is_sharded(pl_module.parameters()):
+            self._stateful = []  # a state may have to be gathered: too dear for each batch
         self.standing.start()
         self.progress.begin(trainer)
         resumed, self._resumed = self._resumed, {}
@@ -290,6 +291,10 @@ class Coordinator(Hooks):
         super().on_train_start(trainer, pl_module)
         for begin in self._wiring.at("begin_samples"):
             begin()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.standing.freeze()  # a checkpoint that is written after this, or after a test, is of this moment
+        super().on_train_end(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.progress.before_batch(trainer, batch_idx)

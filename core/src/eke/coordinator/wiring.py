@@ -156,7 +156,7 @@ class Wiring:
 
         def process_dataloader(call_next: Callable[..., Any], loader: Any) -> Any:
             given = loader = call_next(loader)
-            if not trainer.training:
+            if not self.position.loading:
                 return loader
             before = _order_of(loader)
             for act in loading:

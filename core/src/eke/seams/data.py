@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 
 from eke import compat
-from eke.seams.state import rng_state, set_rng_state
+from eke.seams.state import plain_rng, rng_state, set_rng_state
 from eke.spec import EkeError
 
 
@@ -34,6 +35,7 @@ class Position:
         ahead: The same before the last batch was asked for: the next one is drawn then where data has no length.
         again: Of each loader that is shorter than the others and has begun anew in this epoch: at which batch, and with
             which random state and generators.
+        keeps_state: Whether a loader keeps a state of its own.
         loads: How often the run has asked for its loaders.
     """
 
@@ -43,17 +45,24 @@ class Position:
         self.ahead: dict[str, Any] | None = None
         self.again: dict[int, dict[str, Any]] = {}
         self.pending: dict[str, Any] | None = None  # from a checkpoint, until iterators are made
-        self.loads = 0
+        self.loads, self.loading = 0, False
         self._asked = 0
         self._owned: list[Any] = []
         self._together: CombinedLoader | None = None
+        self.keeps_state = False
         self._sources: list[_Source] = []
 
     # ------------------------------------------------------------------ loaders come
 
-    def load(self) -> None:
-        """The run is about to ask for its loaders, if it does so."""
-        self.loads += 1
+    @contextmanager
+    def loads_now(self) -> Iterator[None]:
+        """Inside, the run asks for its train loaders, if it does so. What else it asks for are those of validation: the
+        Trainer's own state tells that of most, but not of all."""
+        self.loads, self.loading = self.loads + 1, True
+        try:
+            yield
+        finally:
+            self.loading = False
 
     def attach(self, owned: list[Any]) -> None:
         """One of them has come. ``owned``: those whose samples are chosen now: a state that such a loader keeps of its
@@ -68,14 +77,16 @@ class Position:
         self.detach()
         if combined is None:
             return
-        plain = type(combined)
-        if plain not in _classes:
-            _classes[plain] = type(f"Resumable{plain.__name__}", (_Together, plain), {"plain": plain})
-        combined.__class__, combined.eke_position = _classes[plain], self
+        plain, several = type(combined), len(combined.flattened) > 1
+        if (plain, several) not in _classes:
+            bases = (_Several if several else _Together, plain)
+            _classes[plain, several] = type(f"Resumable{plain.__name__}", bases, {"plain": plain})
+        combined.__class__, combined.eke_position = _classes[plain, several], self
         self._together = combined
-        self._sources = sources(combined.flattened)
+        self._sources = sources(one for one in combined.flattened if not self._by_itself(one))
+        self.keeps_state = any(map(compat.keeps_state, combined.flattened))
         if states:
-            compat.load_loader_states(self.trainer, states, self._owned)
+            self.load_states(states)
 
     def detach(self) -> None:
         """Give the loaders' combination its own class back. Where it stood is kept, for a checkpoint after the run."""
@@ -86,9 +97,9 @@ class Position:
 
     # ------------------------------------------------------------------ where they stand
 
-    def before_batch(self, rng: dict[str, Any]) -> None:
+    def before_batch(self, rng: Any, generators: list[Any]) -> None:
         """A batch is about to be asked for."""
-        self.ahead = {"rng": rng, "generators": self.generators()}
+        self.ahead = {"rng": rng, "generators": generators}
 
     def generators(self) -> list[Any]:
         """States of all generators that the data draws from, of the user's own."""
@@ -98,9 +109,13 @@ class Position:
         for source, own in zip(self._sources, states, strict=False):
             source.set(own)
 
-    def keeps_own_state(self) -> bool:
-        """Whether a loader restores where it is by itself."""
-        return any(map(self._by_itself, [] if self._together is None else self._together.flattened))
+    def load_states(self, states: list[dict[str, Any]]) -> None:
+        """Give the loaders that keep their own state theirs."""
+        compat.load_loader_states(self.trainer, states, self._owned)
+
+    def loader_states(self) -> list[dict[str, Any]]:
+        """Of those that keep their own."""
+        return compat.loader_states(self.trainer) if self.keeps_state else []
 
     def rewind(self) -> None:
         """Let the next iterators be as the running ones were when they were made: for a copy of the process, which
@@ -113,7 +128,18 @@ class Position:
     def state_dict(self) -> dict[str, Any]:
         if self.pending is not None:  # nothing was drawn yet
             return {key: self.pending[key] for key in ("begun", "generators", "ahead", "again")}
-        return {"begun": self.begun, "generators": self.generators(), "ahead": self.ahead, "again": dict(self.again)}
+        generators = self.generators() if self._sources else []
+        return {"begun": self.begun, "generators": generators, "ahead": self.ahead, "again": self.again.copy()}
+
+    @staticmethod
+    def plain(state: dict[str, Any]) -> dict[str, Any]:
+        """What :meth:`state_dict` gave, in plain values."""
+
+        def one(moment: dict[str, Any] | None) -> dict[str, Any] | None:
+            return None if moment is None else {**moment, "rng": plain_rng(moment["rng"])}
+
+        again = {number: one(moment) for number, moment in state["again"].items()}
+        return {**state, "begun": one(state["begun"]), "ahead": one(state["ahead"]), "again": again}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Args:
@@ -190,9 +216,16 @@ class _Together(CombinedLoader):
             super().__iter__()
         return self
 
+    def __copy__(self) -> CombinedLoader:
+        twin = self.plain.__new__(self.plain)
+        vars(twin).update({key: value for key, value in vars(self).items() if key != "eke_position"})
+        return twin
+
+
+class _Several(_Together):
+    """With more than one, the shorter begin anew."""
+
     def __next__(self) -> Any:
-        if len(self.flattened) == 1:
-            return super().__next__()
         position, before = self.eke_position, list(compat.iterators_of(self))
         item = super().__next__()
         for number, iterator in enumerate(compat.iterators_of(self)):
@@ -200,13 +233,8 @@ class _Together(CombinedLoader):
                 position.again[number] = {"batch": item[1], **position.ahead}
         return item
 
-    def __copy__(self) -> CombinedLoader:
-        twin = self.plain.__new__(self.plain)
-        vars(twin).update({key: value for key, value in vars(self).items() if key != "eke_position"})
-        return twin
 
-
-_classes: dict[type[CombinedLoader], type[CombinedLoader]] = {}
+_classes: dict[tuple[type[CombinedLoader], bool], type[CombinedLoader]] = {}
 
 
 class _Source:

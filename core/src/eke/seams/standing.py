@@ -69,7 +69,7 @@ class Standing:
         module: LightningModule,
         position: Position,
         passes: Passes | None,
-        others: Callable[[], dict[str, Any]],
+        others: Callable[[Copies], dict[str, Any]],
     ) -> None:
         self.trainer, self.module, self.position, self.passes, self.others = trainer, module, position, passes, others
         self.phase = "outside"
@@ -79,6 +79,7 @@ class Standing:
         self._evaluated = False  # since the last batch
         self._evaluation: dict[str, Any] | None = None  # of a checkpoint, until the validation's loaders are there
         self._exhausted = False
+        self._known: tuple[Any, list[Tensor], dict[str, Tensor]] | None = None
         self._frozen: dict[str, Any] | None = None
         self._copies = Copies()
 
@@ -98,14 +99,19 @@ class Standing:
         ]
 
     def _load(self, call_next: Callable[..., Any]) -> None:
-        self.position.load()
-        call_next()
+        with self.position.loads_now():
+            call_next()
 
     def _loaded(self, call_next: Callable[..., Any]) -> None:
-        states = [] if self.resumes is None else self.resumes["loaders"]
-        self.position.attach_all(states)
-        if not states:
-            call_next()
+        here = self.resumes
+        begins = here is not None and here["stage"] in ("begin", "epoch end")
+        if begins and here["loaders"] and compat.counters(self.trainer)["epoch"]:
+            # These iterators are for nothing: the epoch's are made where it begins, as in a run that was not cut.
+            self.position.attach_all([])
+            self.position.load_states([])
+        else:
+            self.position.attach_all([] if here is None else here["loaders"])
+        call_next()
 
     def _load_validation(self, call_next: Callable[..., Any]) -> None:
         call_next()
@@ -127,6 +133,8 @@ class Standing:
             here, self.resumes = self.resumes, None
             if here["stage"] == "epoch end":
                 compat.finish_epoch(self.trainer)
+            if here["loaders"] and compat.counters(self.trainer)["epoch"]:
+                self.position.load_states(here["loaders"])
             self._put_random(here)
         if self.resumes is None:
             self._note("begin")
@@ -162,7 +170,7 @@ class Standing:
             self._note("between")
         self._evaluated = False
         self.phase = "in a batch"
-        self.position.before_batch(self._moment["rng"])
+        self.position.before_batch(self._moment["rng"], self._moment["data"]["generators"])
         try:
             call_next(fetcher)
         except StopIteration:
@@ -205,18 +213,22 @@ class Standing:
     # ------------------------------------------------------------------ a moment
 
     def _note(self, stage: str, copies: Copies | None = None) -> None:
-        gradients = state.held_gradients(self.trainer)
-        copies = copies or self._copies
+        """Few calls, whatever the model: it runs for each batch."""
+        gradients, copies, loaders = state.held_gradients(self.trainer), copies or self._copies, []
+        if self.position.keeps_state:
+            loaders = copy.deepcopy(self.position.loader_states())
+        parameters, buffers = self._tensors()
         self._moment = {
             "stage": stage,
             "counters": compat.counters(self.trainer),
-            "rng": state.rng_state(),
+            "rng": state.rng_now(),
             "data": self.position.state_dict(),
-            "loaders": copy.deepcopy(compat.loader_states(self.trainer)),
+            "loaders": loaders,
             "means": compat.means(self.trainer),
-            "others": copies.take(self.others(), "others"),
-            "buffers": {name: self._buffer(name, one) for name, one in self.module.named_buffers()},
-            "weights": state.versions(self.module),
+            "others": self.others(copies),
+            "buffers": self._copied(buffers, copies) if buffers else {},
+            "weights": parameters,
+            "versions": [one._version for one in parameters],
             # weakly: what the user clears must not be held until the next moment
             "gradients": [(name, weakref.ref(one), one._version) for name, one in gradients.items()],
             "window": None if self.passes is None or not gradients else self.passes.state_dict(),
@@ -224,10 +236,22 @@ class Standing:
         if not gradients:
             self._clean = self._moment
 
-    def _buffer(self, name: str, buffer: Tensor) -> Tensor:
-        # torch moves a batch norm's statistics without counting it as a change
-        running = name.endswith(("running_mean", "running_var"))
-        return buffer.detach().clone() if running else self._copies.take(buffer, "buffers", name)
+    def _tensors(self) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Parameters and buffers, looked up again where the model has grown, with other optimizers then."""
+        optimizers = self.trainer.strategy.optimizers
+        if self._known is None or self._known[0] is not optimizers:
+            parameters = [one for one in self.module.parameters() if not one.is_inference()]
+            self._known = optimizers, parameters, dict(self.module.named_buffers())
+        return self._known[1:]
+
+    @staticmethod
+    def _copied(buffers: dict[str, Tensor], copies: Copies) -> dict[str, Tensor]:
+        kept = {}
+        for name, one in buffers.items():
+            # torch moves a batch norm's statistics without counting it as a change
+            running = name.endswith(("running_mean", "running_var"))
+            kept[name] = one.detach().clone() if running else copies.take(one, "buffers", name)
+        return kept
 
     def _intact(self, moment: dict[str, Any]) -> bool:
         """Whether the weights, and the gradients that were held, are still those of the moment."""
@@ -236,7 +260,7 @@ class Standing:
             one = kept()
             if one is None or held.get(name) is not one or one._version != version:
                 return False
-        return state.untouched(moment["weights"])
+        return [one._version for one in moment["weights"]] == moment["versions"]
 
     def past(self) -> dict[str, Any] | None:
         """The moment of which a checkpoint written now has to be; None where it can be of now."""
@@ -252,13 +276,13 @@ class Standing:
         return found or {**self._moment, "gradients": [], "window": None, "moved": True}
 
     def freeze(self) -> None:
-        """The run has failed: what is undone now does not belong to the checkpoint that may be written yet."""
+        """The run has ended or failed: what is undone now does not belong to the checkpoint that may be written yet."""
         if self.resumes is None and self._moment is not None and self._frozen is None:
             past = self.past()
             if past is None:
                 self._note(self._stage())
                 past = self._moment
-            self._frozen = past
+            self._frozen = {**past, "evaluation": self._evaluation or self._evaluates()}
 
     def state_dict(self, past: dict[str, Any] | None) -> dict[str, Any]:
         """What a checkpoint holds of where this process stands. ``past``: from :meth:`past`."""
@@ -277,7 +301,7 @@ class Standing:
                 "counters": compat.counters(self.trainer),
                 "rng": state.rng_state(),
                 "data": self.position.state_dict(),
-                "loaders": compat.loader_states(self.trainer),
+                "loaders": self.position.loader_states(),
                 "means": compat.means(self.trainer),
             }
         else:
@@ -286,10 +310,13 @@ class Standing:
             here = {key: past[key] for key in ("stage", "counters", "rng", "data", "loaders", "means")}
         return {
             **here,
+            "rng": state.plain_rng(here["rng"]),
+            "data": self.position.plain(here["data"]),
+            "means": compat.plain_means(here["means"]),
             "gradients": {name: one.clone() for name, one in gradients.items()},
             "window": window,
             "metrics": compat.metrics(self.trainer),
-            "evaluation": self._evaluation or self._evaluates(),
+            "evaluation": (past or {}).get("evaluation") or self._evaluation or self._evaluates(),
         }
 
     def _evaluates(self) -> dict[str, Any]:
@@ -340,7 +367,7 @@ class Standing:
         compat.remember_loading(self.trainer, here["counters"])
         compat.set_metrics(self.trainer, here["metrics"])
         first = compat.counters(self.trainer)["epoch"] == 0
-        compat.believe_resumed(self.trainer, within=within, begins=first or self.position.keeps_own_state())
+        compat.believe_resumed(self.trainer, within=within, begins=first)
         if within:
             for callback in self.trainer.callbacks:
                 if isinstance(callback, _BY_EPOCH):

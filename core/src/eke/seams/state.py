@@ -22,15 +22,31 @@ VERSION = 1
 
 def rng_state() -> dict[str, Any]:
     """Python's, NumPy's, torch's and CUDA's random state of this process, as tensors and plain values."""
+    return plain_rng(rng_now())
+
+
+def rng_now() -> tuple[Any, ...]:
+    """The same as it comes, which costs little: for each batch."""
     import numpy
 
-    name, keys, position, has_gauss, gauss = numpy.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if _has_cuda else []
+    return random.getstate(), numpy.random.get_state(), torch.default_generator.get_state(), cuda
+
+
+def plain_rng(now: tuple[Any, ...] | dict[str, Any]) -> dict[str, Any]:
+    """What :func:`rng_now` gave, as :func:`rng_state` gives it."""
+    if isinstance(now, dict):
+        return now
+    python, (name, keys, position, has_gauss, gauss), cpu, cuda = now
     return {
-        "python": random.getstate(),
+        "python": python,
         "numpy": (name, torch.from_numpy(keys.astype("int64")), int(position), int(has_gauss), float(gauss)),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "torch": cpu,
+        "cuda": cuda,
     }
+
+
+_has_cuda = torch.cuda.is_available()
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
@@ -107,16 +123,6 @@ class Copies:
         if before is None or before[0] is not tensor or before[1] != version or version == -1:
             self._seen[path] = before = (tensor, version, tensor.detach().clone())
         return before[2]
-
-
-def versions(module: LightningModule) -> list[tuple[torch.Tensor, int]]:
-    """Each parameter, and how often it was written to. A write through ``.data`` is not seen."""
-    return [(one, one._version) for one in module.parameters() if not one.is_inference()]
-
-
-def untouched(tensors: list[tuple[torch.Tensor, int]]) -> bool:
-    """Whether none of them was written to since :func:`versions`."""
-    return all(one._version == version for one, version in tensors)
 
 
 def check_plain(value: Any, where: str) -> None:
