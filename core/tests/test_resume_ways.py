@@ -100,6 +100,7 @@ class Net(LightningModule):
     def __init__(self, schedule=None, breaks=None, statistics=False):
         super().__init__()
         norm = [nn.BatchNorm1d(8)] if statistics else []
+        self.register_buffer("steps", torch.zeros(()))
         self.net = nn.Sequential(nn.Linear(4, 8), *norm, nn.Dropout(0.3), nn.Linear(8, 1))
         self.schedule, self.breaks = schedule, breaks
         self.events = []
@@ -113,6 +114,7 @@ class Net(LightningModule):
         seen = [part[:, 0].tolist() for part in parts]
         rate = self.optimizers().param_groups[0]["lr"]
         loss = self.loss(batch)
+        self.steps = self.steps + 1  # another tensor, as in many models
         self.log("train_loss", loss, on_step=False, on_epoch=True)
         if self.breaks is not None and self.breaks.at(self, "step"):
             self.breaks.now()

@@ -175,10 +175,9 @@ class Position:
             self.again = dict(pending["again"])
             self._skip(combined, pending["used"])
         self.ahead = pending["ahead"]
+        # As the batch that is read ahead found it; the run puts back its own where it goes on.
         after = pending if self.ahead is None or pending["used"] == 0 else self.ahead
-        set_rng_state(
-            after["rng"]
-        )  # as the batch that is read ahead found it; the run puts back its own where it goes on
+        set_rng_state(after["rng"])
         self.set_generators(after["generators"])
 
     def _skip(self, combined: CombinedLoader, batches: int) -> None:

@@ -35,7 +35,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from eke import compat
 from eke.seams import state
@@ -79,7 +79,7 @@ class Standing:
         self._evaluated = False  # since the last batch
         self._evaluation: dict[str, Any] | None = None  # of a checkpoint, until the validation's loaders are there
         self._exhausted = False
-        self._known: tuple[Any, list[Tensor], dict[str, Tensor]] | None = None
+        self._known: tuple[Any, list[Tensor], list[tuple[str, nn.Module, str]]] | None = None
         self._frozen: dict[str, Any] | None = None
         self._copies = Copies()
 
@@ -236,18 +236,23 @@ class Standing:
         if not gradients:
             self._clean = self._moment
 
-    def _tensors(self) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Parameters and buffers, looked up again where the model has grown, with other optimizers then."""
+    def _tensors(self) -> tuple[list[Tensor], list[tuple[str, nn.Module, str]]]:
+        """Parameters, and where buffers are; looked up again where the model has grown, with other optimizers then."""
         optimizers = self.trainer.strategy.optimizers
         if self._known is None or self._known[0] is not optimizers:
             parameters = [one for one in self.module.parameters() if not one.is_inference()]
-            self._known = optimizers, parameters, dict(self.module.named_buffers())
+            places = [(name, *name.rpartition(".")[::2]) for name, _ in self.module.named_buffers()]
+            buffers = [(name, self.module.get_submodule(owner), own) for name, owner, own in places]
+            self._known = optimizers, parameters, buffers
         return self._known[1:]
 
     @staticmethod
-    def _copied(buffers: dict[str, Tensor], copies: Copies) -> dict[str, Tensor]:
+    def _copied(buffers: list[tuple[str, nn.Module, str]], copies: Copies) -> dict[str, Tensor]:
         kept = {}
-        for name, one in buffers.items():
+        for name, owner, own in buffers:
+            one = getattr(owner, own, None)
+            if not isinstance(one, Tensor):
+                continue
             # torch moves a batch norm's statistics without counting it as a change
             running = name.endswith(("running_mean", "running_var"))
             kept[name] = one.detach().clone() if running else copies.take(one, "buffers", name)
@@ -281,7 +286,7 @@ class Standing:
             past = self.past()
             if past is None:
                 self._note(self._stage())
-                past = self._moment
+                past = {**self._moment, "buffers": {}}  # a user may set some yet, as he may weights
             self._frozen = {**past, "evaluation": self._evaluation or self._evaluates()}
 
     def state_dict(self, past: dict[str, Any] | None) -> dict[str, Any]:
