@@ -223,7 +223,7 @@ class Coordinator(Hooks):
                 self._begins_with = checkpoints.rank_of(own, trainer) or {}
                 checkpoints.restore_rank(self._begins_with, self.techniques)
                 self._resumed = own
-                if self._begins_with:
+                if "stage" in self._begins_with:
                     checkpoints.go_on(checkpoint, self._begins_with, self.standing)
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
@@ -284,7 +284,7 @@ class Coordinator(Hooks):
         gradients: dict[str, Tensor] = begins_with.get("gradients", {})
         state.set_gradients(pl_module, gradients)
         if self._passes is not None and gradients:
-            self._passes.load_state_dict(begins_with["window"] or {"complete": False, "window": []})
+            self._passes.load_state_dict(begins_with.get("window") or {"complete": False, "window": []})
         for run in self.runs.values():
             run.begin()
             run.trains()
