@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from eke.seams.data import Position
 from eke.seams.samples import Chosen, Samples, SamplesError
 from torch.utils.data import (
     BatchSampler,
@@ -17,7 +18,7 @@ from torch.utils.data import (
 )
 
 TRAINER = SimpleNamespace(fit_loop=SimpleNamespace(batch_idx=1))
-ALONE = SimpleNamespace(world_size=1, trainer=TRAINER, at_end=lambda undo: None)
+ALONE = SimpleNamespace(world_size=1, trainer=TRAINER, at_end=lambda undo: None, position=Position())
 DATA = TensorDataset(torch.arange(20))
 
 

@@ -284,10 +284,12 @@ def test_ten_techniques_cost_what_one_callback_costs():
     lean = calls_per_step()
     one_callback = calls_per_step(Callback) - lean
     ten_callbacks = calls_per_step(*[Callback] * 10) - lean
+    one_technique = calls_per_step(technique("t0")) - lean
     ten_techniques = calls_per_step(*(technique(f"t{i}") for i in range(10))) - lean
     assert ten_callbacks == 10 * one_callback
-    # Beside the callback: the progress' two calls, and the iterator that counts batches.
-    assert ten_techniques <= one_callback + 12, (lean, one_callback, ten_techniques)
+    # Beside the callback: noting where the run stands, whatever the techniques, and the random state of each.
+    assert one_technique <= one_callback + 100, (lean, one_callback, one_technique)
+    assert ten_techniques <= one_technique + 9, (lean, one_technique, ten_techniques)
 
 
 def test_a_technique_with_one_hook_adds_one_call():

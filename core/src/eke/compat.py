@@ -23,39 +23,59 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 __all__ = [
+    "LOADERS_ARE_THERE",
     "MODULE_CALLS",
     "MemTracker",
     "base_of",
     "batch_hook_owner",
+    "batch_is_through",
     "batches_done",
     "before_batch_transfer",
+    "believe_resumed",
     "combined_loader",
-    "epoch_of_next_batch",
+    "counters",
+    "epoch_is_over",
     "expect_no_signals",
     "expect_unused_parameters",
+    "finish_epoch",
     "forget_processes",
     "has_values",
+    "has_workers_running",
     "in_backward",
     "is_checkpoint_wrapped",
     "is_compiled",
+    "iterators_of",
+    "keeps_state",
     "leave_ddp_out",
-    "leave_finished_epoch",
     "leave_out_of_ddp",
-    "memory_profile",
+    "load_loader_states",
+    "loader_states",
     "logs_now",
     "loss_scale",
+    "means",
+    "memory_profile",
     "memoryless",
+    "metrics",
     "parse_optimizers",
     "parse_schedulers",
+    "plain_means",
     "process_store",
     "refuse_gradient",
+    "remember_loading",
+    "run_batch_loop",
     "saves_sharded",
+    "set_counters",
     "set_epoch_length",
+    "set_means",
+    "set_metrics",
     "start_at",
     "start_fake_processes",
+    "stop_restarting",
+    "taken_up",
     "takes_batch_idx",
     "unscale_again",
     "unset_fake_temporarily",
+    "validation_loaders",
 ]
 
 
@@ -202,32 +222,207 @@ def forget_empty_loader_states(checkpoint: dict[str, Any]) -> None:
         noted.pop("combined_loader", None)
 
 
-def epoch_of_next_batch(trainer: Trainer) -> int:
-    """The epoch that the next batch belongs to."""
-    epoch = trainer.fit_loop.epoch_progress.current
-    counted = epoch.processed == epoch.ready
-    if batches_done(trainer) > 0:
-        return epoch.processed - int(counted)  # max_steps ends a run in mid-epoch, and Lightning counts that epoch
-    # A checkpoint written right after an epoch's last batch comes before the epoch is counted.
-    return epoch.processed + int(trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and not counted)
-
-
 def combined_loader(trainer: Trainer) -> Any:
     """The iterator over all train loaders of a run."""
     return trainer.fit_loop._combined_loader
 
 
-def leave_finished_epoch(trainer: Trainer) -> None:
-    """Let a run with ``max_steps`` that resumes from an epoch's end begin the next epoch.
+# ------------------------------------------------------------------ where a run stands in Lightning's loops
 
-    Lightning 2.6 takes the finished epoch up again there and trains one batch too many in it.
-    """
+# The method that Lightning calls once the train loaders are there, and before it begins to draw from them.
+LOADERS_ARE_THERE = "_load_combined_loader_states"
+
+
+def counters(trainer: Trainer) -> dict[str, Any]:
+    """What Lightning counts, and remembers of reloading, between two batches."""
     loop = trainer.fit_loop
-    if loop.restarted_on_epoch_end and loop.epoch_loop.batch_progress.is_last_batch:
-        loop.epoch_progress.increment_completed()
-        loop._restarting = False  # the public setter keeps it True whenever max_steps is given
-        loop.epoch_loop.restarting = False
+    batch = loop.epoch_loop.batch_progress
+    return {
+        "epoch": loop.epoch_progress.current.completed,
+        "batch": batch.current.ready,
+        "total": batch.total.ready,
+        "last": batch.is_last_batch,
+        "logged": loop.epoch_loop._batches_that_stepped,
+        "loaded": loop._last_train_dl_reload_epoch,
+        "evaluated": loop.epoch_loop.val_loop._last_val_dl_reload_epoch,
+    }
+
+
+def set_counters(loops: dict[str, Any], point: dict[str, Any], *, within: bool) -> dict[str, Any]:
+    """The ``fit_loop`` of a checkpoint, as Lightning writes it between two batches of an epoch, or between two epochs.
+
+    Args:
+        loops: As it is.
+        point: From :func:`counters`.
+        within: The epoch's end is still to come.
+    """
+    whole, more = point["epoch"], int(within)
+    batch = point["batch"] if within else 0
+    epochs = {"ready": whole + more, "started": whole + more, "processed": whole, "completed": whole}
+    loops = {**loops, "epoch_progress": {"total": dict(epochs), "current": dict(epochs)}}
+    loops["epoch_loop.batch_progress"] = {
+        "total": dict.fromkeys(("ready", "started", "processed", "completed"), point["total"]),
+        "current": dict.fromkeys(("ready", "started", "processed", "completed"), batch),
+        "is_last_batch": within and point["last"],
+    }
+    val = loops["epoch_loop.val_loop.batch_progress"]
+    loops["epoch_loop.val_loop.batch_progress"] = {
+        **val,
+        **{
+            part: dict.fromkeys(val[part], 0 if part == "current" else val[part]["ready"])
+            for part in ("total", "current")
+        },
+    }
+    loops["epoch_loop.state_dict"] = {**loops["epoch_loop.state_dict"], "_batches_that_stepped": point["logged"]}
+    return loops
+
+
+def remember_loading(trainer: Trainer, point: dict[str, Any]) -> None:
+    """Let Lightning reload loaders in the epochs in which the run that was cut would have."""
+    trainer.fit_loop._last_train_dl_reload_epoch = point["loaded"]
+    trainer.fit_loop.epoch_loop.val_loop._last_val_dl_reload_epoch = point["evaluated"]
+
+
+def believe_resumed(trainer: Trainer, *, within: bool, begins: bool) -> None:
+    """Say to Lightning's loops whether they go on within an epoch, and whether an iterator for it is there already."""
+    loop = trainer.fit_loop
+    loop._restarting = loop.epoch_loop._restarting = within
+    loop.epoch_loop.val_loop._restarting = False
+    loop._resuming_from_checkpoint = within or begins
+    if not within:
         loop.reset_restart_stage()
+        loop.epoch_loop.reset_restart_stage()
+
+
+def stop_restarting(trainer: Trainer, *, skip_validation: bool = False) -> None:
+    """From here on Lightning does what it does in a run that was not resumed."""
+    loop = trainer.fit_loop
+    loop._restarting = loop.epoch_loop.val_loop._restarting = False
+    loop.epoch_loop._skip_next_val = skip_validation
+
+
+def run_batch_loop(trainer: Trainer, restarting: bool) -> None:
+    """Whether the loop over batches takes itself for resumed: it then enters although all batches are through."""
+    trainer.fit_loop.epoch_loop._restarting = restarting
+
+
+def epoch_is_over(trainer: Trainer) -> bool:
+    """Whether the running epoch's last batch is through, and not only as many as the run has steps."""
+    return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+
+
+def batch_is_through(trainer: Trainer) -> bool:
+    """Whether the running batch has been trained on, although its end was not announced to all yet."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress.current
+    return progress.processed == progress.ready > progress.completed
+
+
+def metrics(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """What was logged last, by which schedules and callbacks go."""
+    return {name: one.detach().cpu().clone() for name, one in trainer.callback_metrics.items()}
+
+
+def set_metrics(trainer: Trainer, logged: dict[str, torch.Tensor]) -> None:
+    """Let schedules and callbacks find what was logged before the run was cut."""
+    trainer._logger_connector._callback_metrics.update(logged)
+
+
+def means(trainer: Trainer) -> list[tuple[Any, Any, Any]]:
+    """What the running epoch has logged so far, of which its end shows the mean, sum or extreme: each with its value
+    and count, which are replaced, and not changed, as more is logged."""
+    results, found = trainer.fit_loop.epoch_loop._results, []
+    for key in results:
+        one = results[key]
+        if one.is_tensor and one.meta.on_epoch and one._update_count:
+            found.append((one, one.value, vars(one).get("cumulated_batch_size")))
+    return found
+
+
+def plain_means(noted: list[tuple[Any, Any, Any]]) -> list[dict[str, Any]]:
+    """What :func:`means` gave, in plain values. Metrics of torchmetrics keep their own states, and are left out."""
+    found = []
+    for one, value, count in noted:
+        meta = one.meta
+        if getattr(torch, meta.reduce_fx.__name__, None) is meta.reduce_fx and meta.sync.group is None:
+            plain = {name: getattr(meta, name) for name in _LOGGED}
+            sync = {"sync_dist": meta.sync.should, "rank_zero_only": meta.sync.rank_zero_only}
+            found.append({**plain, **sync, "reduce_fx": meta.reduce_fx.__name__, "value": value, "count": count})
+    return found
+
+
+_LOGGED = ("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_dataloader_idx")
+
+
+def set_means(trainer: Trainer, logged: list[dict[str, Any]]) -> None:
+    """Let the running epoch go on with what it had logged."""
+    results = trainer.fit_loop.epoch_loop._results
+    if logged:
+        trainer._logger_connector._first_loop_iter = (
+            True  # else the next batch passes for the epoch's first, and resets
+        )
+    for one in logged:
+        value, count = one["value"].to(trainer.strategy.root_device), one["count"]
+        rest = {name: item for name, item in one.items() if name not in ("value", "count")}
+        results.log(value=value, sync_dist_fn=trainer.strategy.reduce, batch_size=1, **rest)
+        result = results[f"{one['fx']}.{one['name']}"]
+        result.value = value
+        if count is not None:
+            result.cumulated_batch_size = count.to(value.device)
+
+
+def finish_epoch(trainer: Trainer) -> None:
+    """What Lightning does after the hooks of an epoch's end: schedules that go by a metric, and the count."""
+    loop = trainer.fit_loop
+    epochs = loop.epoch_progress
+    epochs.current.completed, epochs.total.completed = epochs.current.completed - 1, epochs.total.completed - 1
+    loop.epoch_loop._update_learning_rates("epoch", update_plateau_schedulers=True)
+    epochs.increment_completed()
+
+
+def loader_states(trainer: Trainer) -> list[dict[str, Any]]:
+    """Of the train loaders that keep a state of their own, in the order in which Lightning saves them."""
+    combined = trainer.fit_loop._combined_loader
+    return [] if combined is None else combined._state_dicts()
+
+
+def load_loader_states(trainer: Trainer, states: list[dict[str, Any]], left_out: Iterable[Any]) -> None:
+    """Give them back, but to those ``left_out``, and let Lightning not do it again."""
+    loop = trainer.fit_loop
+    loop._combined_loader_states_to_load = []
+    left = {id(one) for one in left_out}
+    own = [one for one in loop._combined_loader.flattened if keeps_state(one)]
+    if len(own) == len(states):
+        for loader, one in zip(own, states, strict=True):
+            if id(loader) not in left:
+                loader.load_state_dict(one)
+
+
+def keeps_state(loader: Any) -> bool:
+    """Whether a loader saves and restores where it is by itself."""
+    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+
+
+def iterators_of(combined: Any) -> list[Any]:
+    """Of the running epoch, one for each loader; a shorter loader's is replaced where it begins anew."""
+    return combined._iterator.iterators
+
+
+def taken_up(combined: Any, batches: int, again: Iterable[int]) -> None:
+    """Let the combination know how many batches were drawn from its iterators, and which loaders began ``again``."""
+    combined._iterator._idx = batches
+    for number in again:
+        combined._iterator._consumed[number] = True
+
+
+def has_workers_running(loader: Any) -> bool:
+    """Whether a loader keeps its workers from one epoch to the next, and has started them."""
+    return getattr(loader, "persistent_workers", False) and getattr(loader, "_iterator", None) is not None
+
+
+def validation_loaders(trainer: Trainer) -> list[Any]:
+    """Of the run, as far as they are there."""
+    combined = trainer.fit_loop.epoch_loop.val_loop._combined_loader
+    return [] if combined is None else combined.flattened
 
 
 def set_epoch_length(trainer: Trainer, batches: int) -> None:

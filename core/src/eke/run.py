@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from eke.seams import growth, interceptor
 from eke.seams.blocks import Blocks, find_all_blocks
+from eke.seams.data import Position
 from eke.seams.masks import Masks
 from eke.seams.passes import Passes
 from eke.seams.progress import Progress, Until
@@ -43,6 +44,7 @@ class Shared:
     saved: Saved
     terms: LossTerms | None = None
     passes: Passes | None = None
+    position: Position = field(default_factory=Position)
 
 
 class Run:
@@ -53,6 +55,8 @@ class Run:
         module: The user's LightningModule.
         stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
         progress: Steps, samples, tokens and share of the run that are done.
+        position: Of the training data. ``run.position.loads`` tells loaders that come together from those that replace
+            them: it counts how often the run has asked for its loaders.
         masks: On weights, of all techniques: ``run.masks.claim(run.name, ...)``. A technique that claims some declares
             ``"changes weights"``; gradients are masked after all of ``before_optimizer_step`` and before clipping.
         saved: What autograd keeps for backward in a training step: ``run.saved.register(run.name, codec, COMPRESS)``.
@@ -72,6 +76,7 @@ class Run:
         shared = shared or Shared(Progress(), Masks(module), Saved(module))
         self.progress, self.masks, self.saved = shared.progress, shared.masks, shared.saved
         self.paused = False
+        self.position = shared.position
         self._technique, self._terms, self._passes = technique, shared.terms, shared.passes
         self._points: list[Until] = []
         self._undo: list[Callable[[], Any]] = []

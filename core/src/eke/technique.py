@@ -69,7 +69,8 @@ class TechniqueCallback(Callback):
         return schedulers
 
     def alter_loader(self, run: Run, loader: Any) -> Any:
-        """Change a train loader, after Lightning has put its distributed sampler in."""
+        """Change a train loader, after Lightning has put its distributed sampler in. Another may take its place later,
+        with ``reload_dataloaders_every_n_epochs`` or Lightning's finders: then ``run.position.loads`` has grown."""
         return loader
 
     def begin_samples(self, run: Run) -> None:

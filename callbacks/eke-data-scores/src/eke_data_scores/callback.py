@@ -111,6 +111,7 @@ class Score(TechniqueCallback):
 
     def state_dict(self) -> dict[str, Any]:
         numbers, values = joined(self._captured)
+        self._captured = [(numbers, values)]  # once: the state is asked for at each batch
         own = {"last": self._last, "forgot": self._forgot, "learned": self._learned, "data": self._data}
         return {**own, "samples": self._samples.state_dict(), "numbers": numbers, "values": values}
 

@@ -139,6 +139,7 @@ class RAIS(TechniqueCallback):
 
     def state_dict(self) -> dict[str, Any]:
         numbers, norms = joined(self._captured)
+        self._captured = [(numbers, norms)]  # once: the state is asked for at each batch
         own = {"norms": self._norms, "age": self._age, "weights": self._weights, "gain": self.gain}
         return {**own, "samples": self._samples.state_dict(), "numbers": numbers, "captured": norms}
 

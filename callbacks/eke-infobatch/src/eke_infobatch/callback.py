@@ -155,6 +155,7 @@ class InfoBatch(TechniqueCallback):
 
     def state_dict(self) -> dict[str, Any]:
         numbers, losses = joined(self._captured)
+        self._captured = [(numbers, losses)]  # once: the state is asked for at each batch
         own = {"scores": self._scores, "seen": self._seen, "weights": self._weights}
         return {**own, "samples": self._samples.state_dict(), "numbers": numbers, "losses": losses}
 

@@ -15,10 +15,9 @@ from torch import nn
 from eke import compat
 from eke.coordinator.opening import overrides
 from eke.seams import shards, state
-from eke.seams.data import Position
 from eke.seams.masks import Masks
-from eke.seams.passes import Passes
 from eke.seams.progress import Progress
+from eke.seams.standing import Standing
 from eke.seams.swap import Swap
 from eke.spec import ConflictError
 
@@ -54,18 +53,38 @@ def write(
         technique.alter_checkpoint(checkpoint)
 
 
+def write_past(checkpoint: dict[str, Any], past: dict[str, Any]) -> None:
+    """Put in what techniques, the progress and buffers were at a moment that is past, in place of what they are now."""
+    own, others = checkpoint[state.KEY], past["others"]
+    own["progress"] = {**own["progress"], **others["progress"]}
+    for name, entry in own["techniques"].items():
+        entry["state"] = others["states"].get(name, entry["state"])
+        entry["generator"] = others["generators"].get(name, entry["generator"])
+    weights = checkpoint["state_dict"]
+    buffers = {
+        name: one for name, one in past["buffers"].items() if name in weights and one.shape == weights[name].shape
+    }
+    checkpoint["state_dict"] = {**weights, **buffers}
+
+
 def write_ranks(
-    checkpoint: dict[str, Any], techniques: list[TechniqueCallback], trainer: Trainer, position: Position,
-    passes: Passes | None,
+    checkpoint: dict[str, Any], techniques: list[TechniqueCallback], trainer: Trainer, standing: Standing,
+    past: dict[str, Any] | None,
 ) -> None:  # fmt: skip
-    """Put in what each process has of its own: random state, data position, a window that is cut in two; and of several
-    processes the techniques' states, which may hold what a process has noted of its own samples."""
-    here = {**position.state_dict(trainer), "gradients": state.held_gradients(trainer)}
+    """Put in what each process has of its own: where it stands, random state, data, a window that is cut in two; and of
+    several processes the techniques' states, which may hold what a process has noted of its own samples."""
+    here = standing.state_dict(past)
     if trainer.world_size > 1:
-        here["states"] = {type(one).technique.name: one.state_dict() for one in techniques if one.state_dict()}
-    if passes is not None and here["gradients"]:
-        here["window"] = passes.state_dict()
+        states = {type(one).technique.name: one.state_dict() for one in techniques}
+        states.update({} if past is None else past["others"]["states"])
+        here = {**here, "states": {name: one for name, one in states.items() if one}}
     checkpoint[state.KEY]["ranks"] = state.gather(trainer, here)
+
+
+def go_on(checkpoint: dict[str, Any], here: dict[str, Any], standing: Standing) -> None:
+    """Let the run go on where this process stood; Lightning reads its own part of the checkpoint after this."""
+    loops = checkpoint["loops"]
+    checkpoint["loops"] = {**loops, "fit_loop": standing.load_state_dict(here, loops["fit_loop"])}
 
 
 def shape(

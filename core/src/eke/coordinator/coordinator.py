@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins import DoublePrecision
 from torch import Tensor
 
-from eke import compat, strategies
+from eke import strategies
 from eke.coordinator import checkpoint as checkpoints
 from eke.coordinator import opening
 from eke.coordinator.hooks import HOOKS, Hooks
@@ -21,6 +22,9 @@ from eke.seams.masks import Masks
 from eke.seams.passes import Passes
 from eke.seams.progress import Progress
 from eke.seams.saved import Saved
+from eke.seams.shards import is_sharded
+from eke.seams.standing import Standing, refuse_finders
+from eke.seams.state import Copies
 from eke.seams.swap import Swap
 from eke.seams.terms import LossTerms
 
@@ -36,12 +40,14 @@ class Coordinator(Hooks):
         self.techniques: list[TechniqueCallback] = []
         self.progress = Progress()
         self.position = Position()
+        self.standing: Standing | None = None  # of the run in fit, and after it, for a checkpoint that is written then
         self.opening = False
         self.runs: dict[str, Run] = {}
         self._wiring: Wiring | None = None  # while a run is open
         self._passes: Passes | None = None
         self._masks: Masks | None = None  # outlives the run, as the zeros do, for a checkpoint that is written after it
         self._swap: Swap | None = None
+        self._stateful: list[TechniqueCallback] = []  # those that keep a state of their own
         self._before_step: list[Callable[..., Any]] = []
         self._gradients: GradientCheck | None = None
         self._states: dict[str, dict[str, Any]] = {}  # of techniques that are paused
@@ -84,7 +90,7 @@ class Coordinator(Hooks):
         opening.seed(self.techniques, trainer)
         if self._masks is None or self._masks.module is not module:
             self._masks = Masks(module)
-        shared = Shared(self.progress, self._masks, Saved(module))
+        shared = Shared(self.progress, self._masks, Saved(module), position=Position(trainer))
         if fitting and self._any("loss"):
             shared.terms = LossTerms(module)
         if fitting and any(one.passes > 1 for one in self.techniques):
@@ -93,8 +99,11 @@ class Coordinator(Hooks):
         self.runs = {type(one).technique.name: Run(one, trainer, module, stage, shared) for one in self.techniques}
         for technique in self.techniques:
             technique._coordinator, technique._run = self, self.runs[type(technique).technique.name]
-        self._wiring = Wiring(self.techniques, self.runs, trainer, Position())
-        self.position = self._wiring.position
+        self._wiring = Wiring(self.techniques, self.runs, trainer, shared.position)
+        if fitting:
+            self.position = self._wiring.position
+            self._stateful = [one for one in self.techniques if opening.overrides(one, "state_dict")]
+            self.standing = Standing(trainer, module, self.position, shared.passes, self._others)
         try:
             opening.check(self.techniques, self.runs, trainer, module)
         except BaseException:
@@ -147,6 +156,8 @@ class Coordinator(Hooks):
 
         def load(call_next: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
             self._load(checkpoint, module)
+            if fitting and isinstance(trainer.precision_plugin, DoublePrecision):
+                trainer.precision_plugin.convert_module(module)  # Lightning does so after weights have loaded, rounded
             call_next(checkpoint)
 
         wiring.wrap(module, "on_save_checkpoint", save)
@@ -156,6 +167,16 @@ class Coordinator(Hooks):
             wiring.weights(trainer, module)
             wiring.optimizers(module)
             wiring.loaders(trainer)
+            wiring.moments(self.standing, trainer, self._batch_ended, self._epoch_ended)
+
+    def _others(self, copies: Copies) -> dict[str, Any]:
+        """What a checkpoint holds of techniques, beside what they were built from. It runs for each batch."""
+        states, generators = {}, {}
+        for one in self._stateful:
+            states[type(one).technique.name] = copies.take(one.state_dict(), type(one).technique.name)
+        for one in self.techniques:
+            generators[type(one).technique.name] = one._generator.get_state()
+        return {"states": states, "generators": generators, "progress": self.progress.counted()}
 
     def _any(self, resource: str) -> bool:
         """Whether a technique of the run writes to a resource."""
@@ -184,16 +205,13 @@ class Coordinator(Hooks):
                 technique._run = None
                 forget_run(technique)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._gradients is not None:
-            self._gradients.end()
-        super().on_train_end(trainer, pl_module)
-
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         try:
+            if self.standing is not None and self._wiring is not None and trainer.state.fn == "fit":
+                self.standing.freeze()
             super().on_exception(trainer, pl_module, exception)
         finally:
             self.close()  # Lightning calls no teardown when a run fails
@@ -208,9 +226,12 @@ class Coordinator(Hooks):
     def _write(self, checkpoint: dict[str, Any], trainer: Trainer | None) -> None:
         if state.KEY in checkpoint:
             return
+        past = None if trainer is None or self.standing is None else self.standing.past()
         checkpoints.write(checkpoint, self.techniques, self.progress, self._swap, self._masks)
-        if trainer is not None and "optimizer_states" in checkpoint:
-            checkpoints.write_ranks(checkpoint, self.techniques, trainer, self.position, self._passes)
+        if past is not None:
+            checkpoints.write_past(checkpoint, past)
+        if trainer is not None and self.standing is not None and "optimizer_states" in checkpoint:
+            checkpoints.write_ranks(checkpoint, self.techniques, trainer, self.standing, past)
 
     def _load(self, checkpoint: dict[str, Any], module: LightningModule) -> None:
         own = checkpoint.get(state.KEY)
@@ -224,11 +245,13 @@ class Coordinator(Hooks):
         own = checkpoint.get(state.KEY)
         if own is not None:
             checkpoints.restore(own, self.techniques, self.progress, self._masks)
-            if trainer.state.fn == "fit" and "ranks" in own:
+            if trainer.state.fn == "fit" and "ranks" in own and self.standing is not None:
+                refuse_finders(trainer)
                 self._begins_with = checkpoints.rank_of(own, trainer) or {}
                 checkpoints.restore_rank(self._begins_with, self.techniques)
                 self._resumed = own
-                self.position.load_state_dict(self._begins_with or None)
+                if "stage" in self._begins_with:
+                    checkpoints.go_on(checkpoint, self._begins_with, self.standing)
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
     # ------------------------------------------------------------------ weights for evaluation
@@ -244,7 +267,13 @@ class Coordinator(Hooks):
             self._swap.leave()
             self._swap = None
 
+    @staticmethod
+    def _trains(trainer: Trainer) -> bool:
+        return trainer.state.fn == "fit" and not trainer.sanity_checking
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._trains(trainer):
+            self.standing.evaluates()
         self._enter_eval_weights(pl_module)
         super().on_validation_start(trainer, pl_module)
 
@@ -271,8 +300,9 @@ class Coordinator(Hooks):
     # ------------------------------------------------------------------ hooks of a run
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        compat.leave_finished_epoch(trainer)
-        self.position.start(trainer)
+        if is_sharded(pl_module.parameters()):
+            self._stateful = []  # a state may have to be gathered: too dear for each batch
+        self.standing.start()
         self.progress.begin(trainer)
         resumed, self._resumed = self._resumed, {}
         checkpoints.put_training_weights(resumed, trainer, pl_module)
@@ -281,7 +311,7 @@ class Coordinator(Hooks):
         gradients: dict[str, Tensor] = begins_with.get("gradients", {})
         state.set_gradients(pl_module, gradients)
         if self._passes is not None and gradients:
-            self._passes.load_state_dict(begins_with.get("window", {"complete": False, "window": []}))
+            self._passes.load_state_dict(begins_with.get("window") or {"complete": False, "window": []})
         for run in self.runs.values():
             run.begin()
             run.trains()
@@ -292,6 +322,12 @@ class Coordinator(Hooks):
         for begin in self._wiring.at("begin_samples"):
             begin()
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._gradients is not None:
+            self._gradients.end()
+        self.standing.freeze()  # a checkpoint that is written after this, or after a test, is of this moment
+        super().on_train_end(trainer, pl_module)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.progress.before_batch(trainer, batch_idx)
         if self._passes is not None and self.progress.at_boundary:
@@ -301,8 +337,21 @@ class Coordinator(Hooks):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        pass  # Wiring.moments calls _batch_ended: before any callback, which may save
+
+    def _batch_ended(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.progress.after_batch(trainer, batch)
+        self.standing.batch_ended()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pass  # Wiring.moments calls _epoch_ended
+
+    def _epoch_ended(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.standing.epoch_ended()
+        super().on_train_epoch_end(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         if self._passes is not None:

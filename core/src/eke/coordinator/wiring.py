@@ -15,6 +15,7 @@ from eke.seams import schedulers
 from eke.seams.data import Position
 from eke.seams.masks import Masks
 from eke.seams.optimizer import map_optimizers
+from eke.seams.standing import Standing
 from eke.seams.wrap import Wrapper
 from eke.spec import EkeError
 
@@ -154,14 +155,47 @@ class Wiring:
         loading = self.at("alter_loader")
 
         def process_dataloader(call_next: Callable[..., Any], loader: Any) -> Any:
-            loader = call_next(loader)
-            if trainer.training:
-                for act in loading:
-                    loader = act(loader)
-                self.position.attach(loader)
+            given = loader = call_next(loader)
+            if not self.position.loading:
+                return loader
+            before = _order_of(loader)
+            for act in loading:
+                loader = act(loader)
+            chosen = loader is not given or any(a is not b for a, b in zip(_order_of(loader), before, strict=True))
+            self.position.attach([loader] if chosen else [])
             return loader
 
         self.wrap(trainer.strategy, "process_dataloader", process_dataloader)
+
+    def moments(
+        self, standing: Standing, trainer: Trainer, batch_ended: Callable[..., Any], epoch_ended: Callable[..., Any]
+    ) -> None:
+        """Between two batches, and where a batch, a validation and an epoch end: before the first of the callbacks that
+        are told, whichever the user listed first, and may save."""
+        for owner, method, layer in standing.layers():
+            self.wrap(owner, method, layer)
+        first = trainer.callbacks[0]
+
+        def before(act: Callable[..., Any]) -> Callable[..., Any]:
+            def layer(call_next: Callable[..., Any], *args: Any) -> Any:
+                act(*args)
+                return call_next(*args)
+
+            return layer
+
+        def validated(trainer: Trainer, *_: Any) -> None:
+            if trainer.state.fn == "fit" and not trainer.sanity_checking:
+                standing.evaluated()
+
+        self.wrap(first, "on_train_batch_end", before(batch_ended))
+        self.wrap(first, "on_train_epoch_end", before(epoch_ended))
+        self.wrap(first, "on_validation_end", before(validated))
+
+
+def _order_of(loader: Any) -> tuple[Any, ...]:
+    """What decides which samples a loader gives."""
+    batches = getattr(loader, "batch_sampler", None)
+    return batches, getattr(batches, "sampler", None)
 
 
 def _refuse_meta(module: LightningModule) -> None:

@@ -99,10 +99,10 @@ def _draw(loaders: Any, count: int, file: Path) -> None:
     """In the copy of the process: nothing that it does reaches the run."""
     torch.set_num_threads(1)  # the parent's threads were not copied
     try:
+        position = getattr(loaders, "eke_position", None)
+        if position is not None:
+            position.rewind()
         for loader in loaders.flattened:
-            place = getattr(loader, "eke_place", None)
-            if place is not None:
-                place.rewind()
             if getattr(loader, "persistent_workers", False):
                 vars(loader)["persistent_workers"] = False  # or the run's own would be asked; setattr refuses
             if getattr(loader, "pin_memory", False):

@@ -120,8 +120,12 @@ class Progress:
             self.tokens += _tokens(batch) * trainer.world_size
 
     def state_dict(self) -> dict[str, int]:
+        return {"steps": self.steps, **self.counted()}
+
+    def counted(self) -> dict[str, int]:
+        """What it counts itself."""
         counted = {"micro_steps": self.micro_steps, "samples": self.samples, "tokens": self.tokens}
-        return {"steps": self.steps, **counted, "epoch": self._epoch, "batch": self._batch}
+        return {**counted, "epoch": self._epoch, "batch": self._batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._steps = state["steps"]

@@ -44,6 +44,7 @@ class Samples:
         self._tap: IndexTap | None = None
         self._run: Run | None = None
         self._loader: DataLoader | None = None
+        self._loads = 0  # how often the run had asked for loaders when this one came
         self._begun = False  # until then, epochs have their full length: schedules are made by it
 
     def begin(self) -> None:
@@ -75,10 +76,13 @@ class Samples:
         Raises:
             SamplesError: an iterable dataset, a sampler that is none of torch's plain ones, or several train loaders.
         """
+        asked, self._loads = self._loads, run.position.loads
         if loader is self._loader:
             return loader
         if self._loader is not None:
-            raise SamplesError("There are several train loaders. Choosing samples needs one.")
+            if asked == self._loads:
+                raise SamplesError("There are several train loaders. Choosing samples needs one.")
+            self._release()  # another has come in its place
         if not isinstance(loader, DataLoader):
             raise SamplesError(
                 f"The train loader is a {type(loader).__name__}; samples are chosen through a DataLoader's sampler."
@@ -112,11 +116,14 @@ class Samples:
 
     def detach(self) -> None:
         """Give the loader its own sampler back."""
+        self._release()
+        self._run, self._begun = None, False
+
+    def _release(self) -> None:
         if self._tap is not None:
             self._tap.remove()
             self._loader.batch_sampler.sampler = self._loader.batch_sampler.sampler.inner
-        self._tap = self._loader = self._run = None
-        self._begun = False
+        self._tap = self._loader = None
 
     def batch(self) -> Tensor:
         """Numbers of the samples in the batch at hand of this process, int64, (batch,). Call it in a training step."""

@@ -22,15 +22,31 @@ VERSION = 1
 
 def rng_state() -> dict[str, Any]:
     """Python's, NumPy's, torch's and CUDA's random state of this process, as tensors and plain values."""
+    return plain_rng(rng_now())
+
+
+def rng_now() -> tuple[Any, ...]:
+    """The same as it comes, which costs little: for each batch."""
     import numpy
 
-    name, keys, position, has_gauss, gauss = numpy.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if _has_cuda else []
+    return random.getstate(), numpy.random.get_state(), torch.default_generator.get_state(), cuda
+
+
+def plain_rng(now: tuple[Any, ...] | dict[str, Any]) -> dict[str, Any]:
+    """What :func:`rng_now` gave, as :func:`rng_state` gives it."""
+    if isinstance(now, dict):
+        return now
+    python, (name, keys, position, has_gauss, gauss), cpu, cuda = now
     return {
-        "python": random.getstate(),
+        "python": python,
         "numpy": (name, torch.from_numpy(keys.astype("int64")), int(position), int(has_gauss), float(gauss)),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "torch": cpu,
+        "cuda": cuda,
     }
+
+
+_has_cuda = torch.cuda.is_available()
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
@@ -58,13 +74,13 @@ def gather(trainer: Trainer, own: Any) -> list[Any]:
 def held_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Gradients of an accumulation window that is not through yet, by parameter name; empty at a window's end.
 
-    Lightning does not save them, and resumes in the middle of a window with half the gradient.
+    Lightning does not save them, and resumes in the middle of a window with half the gradient. Where the user optimizes
+    by hand, only he knows when a window ends: all that are there are held.
     """
-    used = compat.batches_done(trainer)
-    if used % trainer.accumulate_grad_batches == 0:
-        return {}
     module = trainer.strategy.lightning_module
-    return {name: one.grad.clone() for name, one in module.named_parameters() if one.grad is not None}
+    if module.automatic_optimization and compat.batches_done(trainer) % trainer.accumulate_grad_batches == 0:
+        return {}
+    return {name: one.grad for name, one in module.named_parameters() if one.grad is not None}
 
 
 def set_gradients(pl_module: LightningModule, gradients: dict[str, torch.Tensor]) -> None:
@@ -72,6 +88,41 @@ def set_gradients(pl_module: LightningModule, gradients: dict[str, torch.Tensor]
     for name, parameter in pl_module.named_parameters():
         if name in gradients:
             parameter.grad = gradients[name].to(parameter.device)
+
+
+class Copies:
+    """Copies of states as they are now, for a moment at which they have moved on.
+
+    A tensor that has not changed since it was last copied is not copied again.
+
+    Args:
+        largest: Tensors of more bytes are not copied; with None, all are, large ones to the CPU.
+    """
+
+    def __init__(self, largest: int | None = 2**20) -> None:
+        self.largest = largest
+        self._seen: dict[tuple[Any, ...], tuple[torch.Tensor, int, torch.Tensor]] = {}
+
+    def take(self, value: Any, *path: Any) -> Any:
+        """A copy of tensors, and of dicts, lists and tuples of them. ``path``: names what is copied."""
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value, path)
+        if isinstance(value, dict):
+            return {key: self.take(item, *path, key) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)([self.take(item, *path, i) for i, item in enumerate(value)])
+        return value
+
+    def _tensor(self, tensor: torch.Tensor, path: tuple[Any, ...]) -> torch.Tensor:
+        if self.largest is None and not tensor.is_meta:
+            return tensor.detach().cpu() if tensor.is_cuda else tensor.detach().clone()
+        if tensor.is_meta or tensor.nbytes > self.largest:
+            return tensor
+        version = -1 if tensor.is_inference() else tensor._version
+        before = self._seen.get(path)
+        if before is None or before[0] is not tensor or before[1] != version or version == -1:
+            self._seen[path] = before = (tensor, version, tensor.detach().clone())
+        return before[2]
 
 
 def check_plain(value: Any, where: str) -> None:
