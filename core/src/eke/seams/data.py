@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from eke import compat
 from eke.seams.state import rng_state, set_rng_state
+from eke.spec import ResumeError
 
 
 class Position:
@@ -191,6 +192,12 @@ class IndexTap:
     def at(self, batch_idx: int) -> list[int]:
         """The indices of a batch by its number in the epoch; earlier ones are forgotten, as after a resume."""
         while self._passed <= batch_idx:
+            if not self._batches:
+                raise ResumeError(
+                    f"which samples batch {batch_idx} of this epoch holds is not known: the run goes on in the middle "
+                    "of the epoch from a checkpoint that was written without Eke, or with a loader that keeps a state "
+                    "of its own and passes over what was seen. Resume from a checkpoint of an epoch's end."
+                )
             self._last = self._batches.popleft()
             self._passed += 1
         return self._last
