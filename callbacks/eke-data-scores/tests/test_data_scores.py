@@ -77,6 +77,19 @@ def test_a_missing_cut_or_changed_file_is_refused(tmp_path):
         Scores.load(file)
 
 
+@pytest.mark.parametrize(("values", "words"), [
+    (np.zeros(COUNT - 1), rf"shape \({COUNT - 1},\), and says that its data has {COUNT} samples"),
+    (np.zeros((COUNT, 2)), "one number for each is needed"),
+    (np.zeros(COUNT, dtype="int64"), "holds int64 values"),
+    (np.full(COUNT, np.nan), f"holds {COUNT} scores that are NaN"),
+])  # fmt: skip
+def test_a_whole_file_with_other_values_than_one_a_sample_is_refused(tmp_path, values, words):
+    file = tmp_path / "scores.npz"
+    Scores("el2n", torch.from_numpy(values), 1, fingerprint(Images(COUNT))).save(file)  # its checksum is right
+    with pytest.raises(ScoresError, match=words):
+        Scores.load(file)
+
+
 def test_data_is_told_apart_by_its_samples():
     one, other = Images(COUNT), Images(COUNT + 1)
     assert fingerprint(one) == fingerprint(Images(COUNT)) != fingerprint(other)

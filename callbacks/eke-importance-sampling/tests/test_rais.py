@@ -93,3 +93,27 @@ def test_epochs_before_the_start_see_every_sample_once():
 def test_wrong_arguments_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         RAIS(**wrong)
+
+
+@pytest.mark.parametrize("broken", [slice(0, 3), slice(None)], ids=["some", "all"])
+def test_losses_that_are_nan_are_said_and_the_samples_keep_what_was_known(broken):
+    class Breaks(Classifier):
+        def training_step(self, batch, batch_idx):
+            logits = self.layer(batch[0])
+            if self.current_epoch == 1 and batch_idx + 1 == self.trainer.num_training_batches:
+                logits = logits.clone()
+                logits[broken] = torch.nan
+            self.seen[-1] += batch[2].tolist()
+            return F.cross_entropy(logits, batch[1])
+
+        def on_after_backward(self):
+            for weight in self.parameters():
+                weight.grad.nan_to_num_(0.0)  # as a scaler of gradients leaves such a step out
+
+    technique, model = RAIS(), Breaks()
+    data = TensorDataset(torch.randn(24, 6), torch.randint(3, (24,)), torch.arange(24))
+    options = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    run = Trainer(max_epochs=3, callbacks=[technique], accelerator="cpu", **options)
+    with pytest.warns(UserWarning, match="RAIS: .* losses of this epoch were NaN or infinite"):
+        run.fit(model, DataLoader(data, 24 if broken == slice(None) else 12))
+    assert len(model.seen) == 3

@@ -556,10 +556,16 @@ def test_another_base_is_refused_and_so_are_other_settings(tmp_path):
     fit(TinyBlocks(), PEFT(settings={"r": 4}), epochs=1).trainer.save_checkpoint(tmp_path / "x.ckpt")
     with pytest.raises(PEFTError, match="belongs to another base.*Load the same pretrained weights first"):
         fit(TinyBlocks(seed=1), PEFT(settings={"r": 4}), ckpt=tmp_path / "x.ckpt")
-    with pytest.raises(PEFTError, match=r"written with settings=\{'r': 4\}, and this run has \{'r': 8\}"):
+    with pytest.raises(
+        eke.ResumeError, match=r"PEFT\(settings=\{'r': 4\}\), and this run has PEFT\(settings=\{'r': 8\}\)"
+    ):
         fit(TinyBlocks(), PEFT(settings={"r": 8}), ckpt=tmp_path / "x.ckpt")
+    more = PEFT(settings={"r": 4}, train=["blocks.0.norm1.*"])
+    with pytest.raises(eke.ResumeError, match=r"PEFT\(train=None\), and this run has PEFT\(train=\['blocks.0.norm1"):
+        fit(TinyBlocks(), more, ckpt=_with_hash(tmp_path))
+    more.on_changed_arguments = "warn"
     with pytest.raises(PEFTError, match="which trains in this run"):
-        fit(TinyBlocks(), PEFT(settings={"r": 4}, train=["blocks.0.norm1.*"]), ckpt=_with_hash(tmp_path))
+        fit(TinyBlocks(), more, ckpt=_with_hash(tmp_path))
 
 
 def _with_hash(folder):

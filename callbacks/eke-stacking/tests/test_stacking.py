@@ -22,6 +22,7 @@ from eke.testing import (
     run_alone,
     run_ranks,
 )
+from eke.testing.run import SaveAfter
 from eke_stacking import Stacking, copy_blocks, output_projections, sources, trim
 from eke_stacking.operators import check_identity, positions
 from lightning.pytorch import Callback
@@ -346,8 +347,53 @@ def test_the_other_form_cannot_resume_it(tmp_path):
     with pytest.warns(UserWarning, match="before the growth"):
         run = fit(TinyBlocks(), Stacking([99]), epochs=1)
     run.trainer.save_checkpoint(tmp_path / "shallow.ckpt")
-    with pytest.raises(ValueError, match="written with form='dormant' and this Stacking has form='growth'"):
+    with pytest.raises(ValueError, match=r"Stacking\(form='dormant'\).*Stacking\(form='growth'\).*cannot be read on"):
         fit(TinyBlocks(), Stacking([99], form="growth"), ckpt=tmp_path / "shallow.ckpt")
+
+
+def test_other_stages_are_refused_and_by_the_users_word_they_are_the_ones_that_count(tmp_path):
+    ckpt = tmp_path / "shallow.ckpt"
+    fit(TinyBlocks(), Stacking([0.9]), callbacks=[SaveAfter(ckpt, 3)])
+    with pytest.raises(
+        eke.ResumeError, match=r"Stacking\(stages=\[0.9\]\), and this run has Stacking\(stages=\[0.25, 0.5\]\)"
+    ):
+        fit(TinyBlocks(), Stacking([0.25, 0.5]), ckpt=ckpt)
+    willing = Stacking([0.25, 0.5], depths=[1, 2])
+    willing.on_changed_arguments = "warn"
+    with pytest.warns(UserWarning, match="Eke: .*Stacking"):
+        run = fit(TinyBlocks(), willing, ckpt=ckpt)
+    total = run.trainer.global_step
+    assert willing.steps == [-(-total // 4), -(-total // 2)]
+
+
+@pytest.mark.parametrize("operator", ["stack", "interleave", "identity"])
+def test_after_an_exception_true_growth_gives_all_blocks_back_and_a_file_of_that_moment_resumes(tmp_path, operator):
+    class Fails(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 2:
+                raise RuntimeError("of the user's")
+
+        def on_exception(self, trainer, model, exception):
+            trainer.save_checkpoint(tmp_path / "now.ckpt")
+
+    model = TinyBlocks()
+    with pytest.raises(RuntimeError, match="of the user's"):
+        fit(model, Stacking([5], form="growth", operator=operator), callbacks=[Fails()])
+    blocks = find_blocks(model)
+    assert len(blocks) == LAYERS
+    assert not any(weight.is_meta for weight in model.parameters())
+    active = positions([HALF, LAYERS], operator)[0]
+    for new, old in sources(active, range(LAYERS), operator).items():
+        zeroed = {id(p) for one in output_projections(blocks[new]) for p in one.parameters()}
+        for mine, its in zip(blocks[new].parameters(), blocks[old].parameters(), strict=True):
+            assert torch.equal(mine, 0 * its if operator == "identity" and id(mine) in zeroed else its)
+    saved = torch.load(tmp_path / "now.ckpt")["state_dict"]
+    path = plain_keys({find_blocks(model).path: 0}).popitem()[0]
+    for place, number in enumerate(active):
+        for name, value in blocks[number].state_dict().items():
+            assert torch.equal(saved[f"{path}.{place}.{name}"], value)
+    again = fit(TinyBlocks(seed=1), Stacking([5], form="growth", operator=operator), ckpt=tmp_path / "now.ckpt")
+    assert len(find_blocks(again.model)) == LAYERS
 
 
 def test_trimmed_for_export_the_model_computes_what_was_trained(tmp_path):

@@ -10,7 +10,7 @@ from pkgutil import extend_path
 from typing import TYPE_CHECKING, Any
 
 from eke.registry import available, create, get, trainer_kwargs
-from eke.spec import ArgumentError, ConflictError, EkeError, NoEffectWarning, Offer, Technique, hookimpl
+from eke.spec import ArgumentError, ConflictError, EkeError, NoEffectWarning, Offer, ResumeError, Technique, hookimpl
 
 if TYPE_CHECKING:
     from eke.refusal import RunError
@@ -32,6 +32,7 @@ __all__ = [
     "EkeError",
     "NoEffectWarning",
     "Offer",
+    "ResumeError",
     "Run",
     "RunError",
     "Technique",

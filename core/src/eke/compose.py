@@ -15,6 +15,19 @@ def conflicts(techniques: Iterable[Technique]) -> list[str]:
     return [reason for i, first in enumerate(chosen) for second in chosen[i + 1 :] for reason in _pair(first, second)]
 
 
+def refusals(built: Iterable[object]) -> list[str]:
+    """What techniques that are built refuse of each other by their arguments, a sentence each; empty where they go
+    together."""
+    records = {id(one): getattr(type(one), "technique", None) for one in built}
+    objects = [one for one in built if isinstance(records[id(one)], Technique)]
+    found = []
+    for one in objects:
+        others = [records[id(other)] for other in objects if other is not one]
+        words = one.refuses(others) if hasattr(one, "refuses") else ""
+        found += [f"{records[id(one)].name!r}: {words}"] if words else []
+    return found
+
+
 def order(techniques: Iterable[Technique], at: str | None = None) -> list[Technique]:
     """Sort techniques into the order in which they act.
 

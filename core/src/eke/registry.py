@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from importlib.metadata import Distribution, EntryPoint, distributions
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pluggy
 
 from eke import argtypes, compose, spec
-from eke.spec import EkeError, Technique
+from eke.spec import ConflictError, EkeError, Technique
 
 GROUP = "eke"
 
@@ -119,7 +119,9 @@ def create(name: str, **arguments: Any) -> Any:
     return technique.build(**arguments)
 
 
-def trainer_kwargs(**techniques: dict[str, Any]) -> dict[str, Any]:
+def trainer_kwargs(
+    *, on_changed_arguments: Literal["refuse", "warn"] = "refuse", **techniques: dict[str, Any]
+) -> dict[str, Any]:
     """Build several techniques and put each under the Trainer argument it belongs to.
 
     Example::
@@ -127,12 +129,16 @@ def trainer_kwargs(**techniques: dict[str, Any]) -> dict[str, Any]:
         Trainer(max_epochs=3, **eke.trainer_kwargs(stacking={"stages": [0.3]}, adam8bit={}))
 
     Args:
+        on_changed_arguments: What becomes of a run that resumes with other techniques or arguments than its checkpoint
+            was written with: ``"refuse"`` it, or ``"warn"`` and go on as another run.
         techniques: Technique name to its arguments; ``{}`` takes the defaults.
 
     Raises:
-        EkeError: as :func:`create`.
+        EkeError: as :func:`create`, or another word.
         ConflictError: techniques that cannot run together, or cannot bear the strategy among them.
     """
+    if on_changed_arguments not in ("refuse", "warn"):
+        raise EkeError(f"on_changed_arguments={on_changed_arguments!r}: give 'refuse' or 'warn'.")
     techniques = {canonical(name): arguments for name, arguments in techniques.items()}
     for name, arguments in techniques.items():
         if not isinstance(arguments, Mapping):
@@ -145,11 +151,15 @@ def trainer_kwargs(**techniques: dict[str, Any]) -> dict[str, Any]:
     for technique in ordered:
         built = technique.build(**techniques[technique.name])
         everything.append(built)
+        if on_changed_arguments != "refuse":  # that is the default, or what the class was set to
+            built.on_changed_arguments = on_changed_arguments
         argument = trainer_argument(built)
         if argument == "strategy":
             kwargs[argument] = built  # of two strategies one has been refused
         else:
             kwargs.setdefault(argument, []).append(built)
+    if found := compose.refusals(everything):
+        raise ConflictError(" ".join(found))
     if "strategy" in kwargs:
         from eke import strategies
 

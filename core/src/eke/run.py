@@ -115,6 +115,15 @@ class Run:
         resumes = self.trainer is not None and self.trainer.ckpt_path is not None
         return self.fitting and not resumes and self.module not in _trained
 
+    def writers(self, resource: str) -> list[str]:
+        """Names of the other techniques of the run that replace or change a resource: ``run.writers("weights")``. For
+        whoever relies on what is there, such as one that leaves weights out of checkpoints since they do not train."""
+        from eke.technique import techniques
+
+        others = [type(one).technique for one in techniques(self.trainer)] if self.trainer is not None else []
+        writing = [one for one in others if resource in one.touches("replaces") | one.touches("changes")]
+        return [one.name for one in writing if one.name != self.name]
+
     # ------------------------------------------------------------------ how far
 
     @property

@@ -136,6 +136,10 @@ class ArgumentError(EkeError, ValueError):
     """An argument of a technique, or of a function of Eke's, that makes no sense: found before anything is touched."""
 
 
+class ResumeError(ConflictError, ValueError):
+    """A checkpoint and the run that should go on from it do not belong together."""
+
+
 class NoEffectWarning(UserWarning):
     """A technique was switched on and found nothing to act on."""
 

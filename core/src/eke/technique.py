@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
-from eke.coordinator import Coordinator
+from eke.coordinator import Coordinator, arguments
+from eke.coordinator import checkpoint as checkpoints
 from eke.coordinator.opening import overrides
 from eke.run import IN_RUN, Run
-from eke.seams import state
 from eke.seams.progress import Progress
 from eke.spec import EkeError, Technique
 
@@ -31,6 +31,13 @@ class TechniqueCallback(Callback):
         passes: 2 for a method that calls ``run.second_pass()``: the batches of a window are kept until its end.
         writes_files: A run leaves a file of the technique's behind: it is not put into copies of a run.
         version: Of what ``state_dict`` returns. A later version has to read earlier ones.
+        may_change: Arguments that a resumed run may have otherwise without a word: what only the machine, the screen,
+            evaluation or the end of the run sees. Paths and devices need not be named.
+        must_not_change: Arguments by which the state was written: with others it cannot be read on.
+
+    Attributes:
+        on_changed_arguments: What becomes of a run that resumes with other arguments than those of the checkpoint, or
+            with a technique that was not there: ``"refuse"`` it, or ``"warn"`` and go on as another run.
     """
 
     technique: ClassVar[Technique]
@@ -38,15 +45,34 @@ class TechniqueCallback(Callback):
     passes: ClassVar[int] = 1
     writes_files: ClassVar[bool] = False
     version: ClassVar[int] = 1
+    may_change: ClassVar[tuple[str, ...]] = ()
+    must_not_change: ClassVar[tuple[str, ...]] = ()
 
+    on_changed_arguments: Literal["refuse", "warn"] = "refuse"
+
+    _arguments: dict[str, Any] | None = None  # as plain values, taken down when it was built
     _coordinator: Coordinator | None = None
     _generator: torch.Generator | None = None
     _run: Run | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = arguments.noting(cls.__init__)
 
     # ------------------------------------------------------------------ before the first step
 
     def check(self, run: Run) -> None:
         """Refuse, in words and before anything is touched, a run that cannot work with the technique."""
+
+    def refuses(self, others: Sequence[Technique]) -> str:
+        """Why the technique, with the arguments it has, cannot be in one run with others, and what to do; empty where
+        it can. For what effects alone cannot say. ``eke check``, ``eke.trainer_kwargs`` and ``fit`` ask.
+
+        Args:
+            others: Records of the other techniques, of strategy and precision too.
+        """
+        return ""
 
     def alter_model(self, run: Run) -> None:
         """Change the model once its module tree is built; before weights load, the strategy wraps it or
@@ -220,7 +246,7 @@ def load_from_checkpoint(
 
     class Reshaped(cls):
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-            written = checkpoint.get(state.KEY, {}).get("techniques", {})
+            written = (checkpoints.read(checkpoint) or {}).get("techniques", {})
             for name, technique in given.items():  # a file saved after the run, of weights only, says nothing of them
                 shapes = isinstance(technique, TechniqueCallback) and overrides(technique, "manifest")
                 if name not in written and shapes:

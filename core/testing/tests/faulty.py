@@ -416,3 +416,29 @@ class CountsPasses(GradientNoise):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.calls = state["calls"]
+
+
+class SpeaksPython(GradientNoise):
+    """Goes on from its state as if it had been written with the same argument."""
+
+    def __init__(self, scale: float = 1e-3) -> None:
+        super().__init__(scale)
+        self.by_scale = {scale: 0}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rounds": self.rounds, "scale": self.scale}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rounds, self.by_scale = state["rounds"], {state["scale"]: 0}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.by_scale[self.scale] += 1
+
+
+class CallsItsScaleHarmless(GradientNoise):
+    """Lets a resumed run have another argument, on which every step depends."""
+
+    may_change = ("scale",)
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__(scale)

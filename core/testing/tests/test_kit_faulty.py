@@ -31,6 +31,8 @@ CHECKS = {
     "without it": checks.loads_without_it,
     "weights only": checks.weights_only_checkpoint_loads,
     "cost": checks.costs_nothing_when_idle,
+    "changes": checks.says_what_changed,
+    "may change": checks.steps_do_not_depend_on_what_may_change,
 }
 
 # Fault: the check that has to find it, what that says, and the other checks that the fault breaks as well.
@@ -72,6 +74,8 @@ FAULTS = [
         {"two processes", "big batch"},
     ),
     (faulty.CountsPasses, "second pass", "each step has a second pass", {"big batch"}),
+    (faulty.SpeaksPython, "changes", "on_changed_arguments='warn', it ends in KeyError", set()),
+    (faulty.CallsItsScaleHarmless, "may change", "may_change names 'scale', and with", set()),
     (faulty.TakesAnything, "command line", "does not build it", set()),
 ]
 

@@ -47,6 +47,7 @@ class Score(TechniqueCallback):
     """
 
     technique: ClassVar[Technique] = RECORD
+    must_not_change = ("kind",)
     writes_files: ClassVar[bool] = True
 
     def __init__(self, file: str | Path, kind: Literal["el2n", "forgetting", "loss"] = "el2n") -> None:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from eke import Run, Technique, TechniqueCallback
 from eke.seams.losses import capture
-from eke.seams.samples import Samples, all_ranks, joined
+from eke.seams.samples import Samples, all_ranks, finite, joined
 from eke.seams.scoring import error_norms
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -121,10 +121,10 @@ class RAIS(TechniqueCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Here, and not where the next epoch begins: a checkpoint of the epoch's end has to hold the next one's samples.
-        numbers, norms = all_ranks(trainer, *joined(self._captured))
+        numbers, norms = finite(*all_ranks(trainer, *joined(self._captured)), "RAIS")
         self._captured = []
         self._age += 1
-        known = trainer.current_epoch > 0
+        known = trainer.current_epoch > 0 and len(numbers) > 0
         squares = fit_squares(self._norms[numbers], self._age[numbers], norms) if known else torch.tensor([0.0, 1, 0])
         self._norms[numbers], self._age[numbers] = norms.double(), 0
         if trainer.current_epoch + 1 < self.start:

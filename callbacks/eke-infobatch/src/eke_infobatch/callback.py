@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from eke import Run, Technique, TechniqueCallback
 from eke.seams.losses import capture
-from eke.seams.samples import Samples, all_ranks, joined, keep_pace
+from eke.seams.samples import Samples, all_ranks, finite, joined, keep_pace
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
@@ -148,7 +148,7 @@ class InfoBatch(TechniqueCallback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Here, and not where the next epoch begins: a checkpoint of the epoch's end has to hold the next one's samples.
         if self.ratio:
-            numbers, losses = all_ranks(trainer, *joined(self._captured))
+            numbers, losses = finite(*all_ranks(trainer, *joined(self._captured)), "InfoBatch")
             self._scores[numbers], self._seen[numbers] = losses.double(), True
             self._captured = []
             self._plan(self.run, trainer.current_epoch + 1)

@@ -84,6 +84,7 @@ class MAE(TechniqueCallback):
     """
 
     technique: ClassVar[Technique] = RECORD
+    must_not_change = ("method", "decoder_width", "decoder_depth", "classes")
     _sight: Sight | None = in_run(None)
     _until: Until | None = in_run(None)
     _kind: str = in_run("")

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from eke import Run, Technique, TechniqueCallback
+from eke.coordinator import arguments
 from eke.seams.blocks import Blocks
 from eke.seams.names import plain
 from eke.seams.patches import patch_blocks, relative_positions
@@ -71,7 +73,8 @@ class PEFT(TechniqueCallback):
             model; for vpt the one that sees images.
         lr_ratio: LoRA+: learning rate of the second matrix over that of the first; 16 in the paper.
         quantize: ``"nf4"`` or ``"int8"``: keep the adapted layers' weights quantized by bitsandbytes (QLoRA).
-        checkpoint: ``"adapter"`` saves what trains and a hash of the rest; ``"full"`` all.
+        checkpoint: ``"adapter"`` saves what trains and a hash of the rest; ``"full"`` all, as is done by itself beside
+            a technique that writes to weights which do not train.
         merge: Add the adapter to the weights when the run is over, after its last checkpoint.
         adapter: Name of the adapter; others that are in the model already stay, and act as they did.
 
@@ -81,6 +84,8 @@ class PEFT(TechniqueCallback):
     """
 
     technique: ClassVar[Technique] = RECORD
+    may_change = ("checkpoint", "merge")
+    must_not_change = ("method", "settings", "targets", "host", "blocks", "quantize", "adapter")
 
     def __init__(
         self,
@@ -129,6 +134,7 @@ class PEFT(TechniqueCallback):
         self.adapter = adapter
         self._config()  # a wrong setting should fail now
         self._base = ""  # hash of the base
+        self._writers: list[str] = []  # other techniques of the run that write to weights
         self._module: LightningModule | None = None
         self._ranks: Ranks | None = None
         self._merged = False
@@ -137,8 +143,17 @@ class PEFT(TechniqueCallback):
     # ------------------------------------------------------------------ the model
 
     def check(self, run: Run) -> None:
-        trainer = run.trainer
-        self._merged = self._merged and trainer.state.fn != "fit"
+        self._merged = self._merged and not run.fitting
+        self._writers = run.writers("weights") if run.fitting else []
+
+    def refuses(self, others: Sequence[Technique]) -> str:
+        writing = [one.name for one in others if "weights" in one.touches("replaces") | one.touches("changes")]
+        if self.quantize is None or not writing:
+            return ""
+        return (
+            f"quantize={self.quantize!r} keeps the weights of the base as they were, and {writing[0]!r} writes to "
+            "weights. Leave one of them out."
+        )
 
     def alter_model(self, run: Run) -> None:
         pl_module = run.module
@@ -148,6 +163,13 @@ class PEFT(TechniqueCallback):
         if self._missing(pl_module):  # once: a second time would begin the adapter anew
             self._put(pl_module)
         self._base = pl_module.eke_peft["hash"]
+        if self._writers:
+            if quantized := quantized_layers(host_of(pl_module, self.host)[1]):
+                raise PEFTError(
+                    f"{quantized[0]!r} is quantized, and {self._writers[0]!r} writes to weights. Leave it out."
+                )
+            # Of the base as well: a checkpoint of the adapter alone would go on from the weights as they were given.
+            pl_module.eke_peft["writers"] = sorted({*pl_module.eke_peft.get("writers", ()), *self._writers})
         config = self._config()
         if isinstance(config, AdaLoraConfig):
             self._ranks = Ranks(host_of(pl_module, self.host)[1], copy.deepcopy(config), self.adapter)
@@ -286,6 +308,11 @@ class PEFT(TechniqueCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._said:
             rank_zero_info(self.summary(pl_module))
+            if self.checkpoint == "adapter" and self._whole:
+                rank_zero_info(
+                    f"PEFT: {', '.join(pl_module.eke_peft['writers'])} writes to weights that do not train: "
+                    "checkpoints hold them too."
+                )
             self._said = True
 
     def summary(self, pl_module: LightningModule) -> str:
@@ -354,7 +381,8 @@ class PEFT(TechniqueCallback):
             return None
         base = getattr(getattr(host_of(self._module, self.host)[1], "config", None), "_name_or_path", "")
         return {**self._description(), "base": str(base), "hash": self._base, "train": self.train,
-                "checkpoint": self.checkpoint}  # fmt: skip
+                "checkpoint": "full" if self._whole else "adapter",
+                "writers": list(self._module.eke_peft.get("writers", ()))}  # fmt: skip
 
     def shape_from(self, manifest: dict[str, Any], pl_module: LightningModule) -> None:
         if self._merged:
@@ -367,12 +395,13 @@ class PEFT(TechniqueCallback):
             self._module = pl_module
             self._put(pl_module)
             self._base = pl_module.eke_peft["hash"]
-        mine = {key: value for key, value in self._description().items() if manifest.get(key) != value}
-        if mine:
-            key, value = next(iter(mine.items()))
-            raise PEFTError(f"the checkpoint was written with {key}={manifest.get(key)!r}, and this run has {value!r}.")
+        for key, value in self._description().items():
+            if not arguments.same(manifest.get(key), value):
+                was, now = arguments.written(key, manifest.get(key), value)
+                raise PEFTError(f"the checkpoint was written with {was}, and this run has {now}.")
         if manifest["checkpoint"] == "full":
             self._base = pl_module.eke_peft["hash"] = manifest["hash"]  # which comes with it
+            pl_module.eke_peft["writers"] = sorted({*self._writers, *manifest.get("writers", ())})
         elif manifest["hash"] != self._base:
             of = f" of {manifest['base']}" if manifest["base"] else ""
             raise PEFTError(
@@ -388,6 +417,13 @@ class PEFT(TechniqueCallback):
         for key in ("method", "settings", "targets", "host", "blocks", "quantize", "adapter", "train"):
             setattr(self, key, manifest[key])
 
+    @property
+    def _whole(self) -> bool:
+        """Whether checkpoints hold what does not train as well: the user's wish, or since another technique writes to
+        it, in this run or in one that the model comes from."""
+        written = getattr(self._module, "eke_peft", None) or {}
+        return self.checkpoint == "full" or bool(written.get("writers"))
+
     def state_dict(self) -> dict[str, Any]:
         return {} if self._ranks is None else self._ranks.state_dict()
 
@@ -396,7 +432,7 @@ class PEFT(TechniqueCallback):
             self._ranks.load_state_dict(state)
 
     def alter_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.checkpoint == "full" or self._module is None or not getattr(self._module, "eke_peft", None):
+        if self._whole or self._module is None or not getattr(self._module, "eke_peft", None):
             return
         kept = trained_names(self._module)
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if plain(k) in kept}

@@ -73,6 +73,11 @@ def export(module: nn.Module, folder: str | Path, name: str = "default", host: s
     configs = getattr(base, "peft_config", None)
     if not configs or name not in configs:
         raise PEFTError(f"{type(base).__name__} has no adapter {name!r} of peft's; it has {sorted(configs or ())}.")
+    if writers := (getattr(module, "eke_peft", None) or {}).get("writers"):
+        raise PEFTError(
+            f"{writers[0]!r} has written to the weights beneath the adapter, which alone is none of the base that peft "
+            "would load. Merge it (eke_peft.merge) and save the whole model."
+        )
     state = get_peft_model_state_dict(base, adapter_name=name)
     config = copy.deepcopy(configs[name])
     if not isinstance(base, PeftModel):

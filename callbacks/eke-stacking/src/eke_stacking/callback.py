@@ -57,6 +57,7 @@ class Stacking(TechniqueCallback):
     """
 
     technique: ClassVar[Technique] = RECORD
+    must_not_change = ("form", "operator", "blocks")
 
     _containers: tuple[weakref.ref[nn.Module], ...] = ()
 
@@ -100,6 +101,15 @@ class Stacking(TechniqueCallback):
         self._fitting = run.fitting
         if run.fitting and not isinstance(self.stages[0], int):
             run.until(self.stages[-1], "stages")  # shares go by the length of the run
+
+    def refuses(self, others: Sequence[Technique]) -> str:
+        freezing = [one.name for one in others if "requires_grad" in one.touches("replaces") | one.touches("changes")]
+        if self.form == "dormant" or not freezing:
+            return ""
+        return (
+            f"form='growth' frees the weights of blocks that do not run yet, and {freezing[0]!r} goes by weights that "
+            "stay as they were given. Use form='dormant'."
+        )
 
     def alter_model(self, run: Run) -> None:
         pl_module = run.module
@@ -183,10 +193,41 @@ class Stacking(TechniqueCallback):
         self._apply(pl_module, manifest["active"] if manifest else list(range(len(self._full))))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps or self._saved_steps}
+        return {"steps": self.steps or self._saved_steps, "stages": self.stages}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._saved_steps = state["steps"]
+        # With other stages, which the user has agreed to, those of the file say nothing.
+        self._saved_steps = state["steps"] if state.get("stages", self.stages) == self.stages else None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give a model whose blocks wait outside of it all of them back, filled as by growing."""
+        if self.form == "dormant" or self.active is None or len(self.active) == len(self._full):
+            return
+        active, everything = self.active, list(range(len(self._full)))
+        self._apply(pl_module, everything)
+        sources = self._sources(active, everything)
+        operators.copy_blocks(self._full, sources, identity=self.operator == "identity")
+        self.active = active  # with which a next fit goes on
+
+    def alter_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """After an exception all blocks are in the model: save those that were trained, by the names they had."""
+        containers = [container() for container in self._containers]
+        here = sum(len(container) for container in containers if container is not None)
+        if self.form == "dormant" or self.active is None or here != len(self._full) or here == len(self.active):
+            return
+        kept = {}
+        for name, value in checkpoint["state_dict"].items():
+            for path, span in zip(self._paths, self._spans, strict=True):
+                number, _, rest = plain(name).removeprefix(f"{path}.").partition(".")
+                if not plain(name).startswith(f"{path}.") or not number.isdigit():
+                    continue
+                own = [i for i in self.active if i in span]
+                place = own.index(span[int(number)]) if span[int(number)] in own else None
+                name = None if place is None else f"{path}.{place}.{rest}"
+                break
+            if name is not None:
+                kept[name] = value
+        checkpoint["state_dict"] = kept
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy begins without a model; the blocks themselves go with the model.

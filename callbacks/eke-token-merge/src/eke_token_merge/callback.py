@@ -102,6 +102,7 @@ class TokenMerge(TechniqueCallback):
     """
 
     technique: ClassVar[Technique] = RECORD
+    may_change = ("evaluate",)
     _blocks: interceptor.InterceptedBlocks | None = in_run(None)
     _states: list[dict[str, Any]] = in_run(list)  # of each list in this batch
     _merges: bool = in_run(False)

@@ -68,7 +68,7 @@ def examine(given: list[str]) -> Report:
         report.techniques = records
         report.refusals += compose.conflicts(records) or [str(error)]
     else:
-        report.refusals += _unbearable(built, strategy)
+        report.refusals += compose.refusals(built) + _unbearable(built, strategy)
     return report
 
 

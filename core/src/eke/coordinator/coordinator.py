@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -25,6 +26,7 @@ from eke.seams.saved import Saved
 from eke.seams.shards import is_sharded
 from eke.seams.standing import Standing, refuse_finders
 from eke.seams.state import Copies
+from eke.seams.step import with_graph
 from eke.seams.swap import Swap
 from eke.seams.terms import LossTerms
 
@@ -118,6 +120,8 @@ class Coordinator(Hooks):
         if fitting:
             packing = [shared.saved.around] if self._any("saved tensors") else []
             outermost = [one.around for one in (shared.passes, shared.terms) if one is not None]
+            if self._any("hidden states") or self._any("module tree"):  # who may skip blocks
+                outermost.append(with_graph(module))
             self._wiring.step(module, outermost, packing)
             self._wiring.optimizer_step(trainer, masks)
 
@@ -168,6 +172,15 @@ class Coordinator(Hooks):
             wiring.optimizers(module)
             wiring.loaders(trainer)
             wiring.moments(self.standing, trainer, self._batch_ended, self._epoch_ended)
+            places = count()
+
+            def process_dataloader(call_next: Callable[..., Any], loader: Any) -> Any:
+                loader = call_next(loader)
+                if trainer.training and self._resumed:
+                    checkpoints.check_data(self._resumed, loader, next(places))
+                return loader
+
+            wiring.wrap(trainer.strategy, "process_dataloader", process_dataloader)
 
     def _others(self, copies: Copies) -> dict[str, Any]:
         """What a checkpoint holds of techniques, beside what they were built from. It runs for each batch."""
@@ -231,12 +244,16 @@ class Coordinator(Hooks):
         if past is not None:
             checkpoints.write_past(checkpoint, past)
         if trainer is not None and self.standing is not None and "optimizer_states" in checkpoint:
+            checkpoints.note_data(checkpoint, trainer)
             checkpoints.write_ranks(checkpoint, self.techniques, trainer, self.standing, past)
 
     def _load(self, checkpoint: dict[str, Any], module: LightningModule) -> None:
-        own = checkpoint.get(state.KEY)
+        own = checkpoints.read(checkpoint)
+        if self.progress.trainer is not None:
+            checkpoints.compare(own, self.techniques)
         if own is None:
             return
+        checkpoints.take_back(checkpoint)
         checkpoints.shape(checkpoint, self.techniques, module, self.progress.trainer)
         if "callbacks" not in checkpoint:  # a weights-only file: the callback hook below will not be called
             checkpoints.restore(own, self.techniques, self.progress, self._masks)

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from eke import beside, compose, strategies
 from eke.refusal import RunError
-from eke.spec import Technique
+from eke.spec import ConflictError, Technique
 
 if TYPE_CHECKING:
     from eke.run import Run
@@ -53,6 +53,8 @@ def check(techniques: list[TechniqueCallback], runs: dict[str, Run], trainer: Tr
     """
     if any(run.fitting for run in runs.values()):
         strategies.check(techniques, trainer.strategy)
+        if found := compose.refusals([*techniques, trainer.strategy, trainer.precision_plugin]):
+            raise ConflictError(" ".join(found))
         beside.check(trainer.callbacks, records(techniques, trainer))
         for note in beside.notes(trainer.callbacks):
             rank_zero_info(note)

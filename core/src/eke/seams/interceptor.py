@@ -369,6 +369,11 @@ def actions_in(module: nn.Module) -> Actions:
     return [(block, dict(vars(block)[_STATE].owners)) for block in module.modules() if _STATE in vars(block)]
 
 
+def skips(module: nn.Module) -> bool:
+    """Whether a block of a model is skipped at the moment."""
+    return any(isinstance(one, Skip) for _, owners in actions_in(module) for own in owners.values() for one in own)
+
+
 def set_actions(actions: Actions) -> None:
     """Put back what :func:`actions_in` gave."""
     for block, owners in actions:

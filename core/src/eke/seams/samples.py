@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
@@ -185,6 +186,23 @@ def joined(captured: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Samples and values of several batches, in one tensor each; empty ones before the first batch."""
     numbers, values = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0)]
     return torch.cat(numbers + [one for one, _ in captured]), torch.cat(values + [one for _, one in captured])
+
+
+def finite(numbers: Tensor, values: Tensor, who: str) -> tuple[Tensor, Tensor]:
+    """Samples and values without those that are NaN or infinite, of which is warned: nothing can be chosen by them.
+
+    Args:
+        numbers: Of samples, int64.
+        values: What was seen of each.
+        who: Name for the warning.
+    """
+    known = values.isfinite()
+    if not bool(known.all()):
+        rank_zero_warn(
+            f"{who}: {int((~known).sum())} of the {len(values)} losses of this epoch were NaN or infinite. What was "
+            "known of those samples before is kept. Is the learning rate too high?"
+        )
+    return numbers[known], values[known]
 
 
 def all_ranks(trainer: Trainer, numbers: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -94,8 +94,17 @@ class Scores:
             raise ScoresError(f"There is no file of scores at {file}. A run with Score(file=...) writes one.") from None
         except Exception as error:
             raise ScoresError(f"{file} is no file of scores, or is cut short: {error}.") from error
-        if about.get("format") != _FORMAT or zlib.crc32(values.tobytes()) != checksum:
+        whole = isinstance(about, dict) and {"kind", "runs", "data"} <= about.keys()
+        if not whole or about.get("format") != _FORMAT or zlib.crc32(values.tobytes()) != checksum:
             raise ScoresError(f"{file} is damaged, or of another version: its checksum does not agree.")
+        count = str(about["data"]).partition("-")[0]
+        if values.ndim != 1 or values.dtype.kind != "f" or (count.isdigit() and len(values) != int(count)):
+            raise ScoresError(
+                f"{file} holds {values.dtype} values of shape {values.shape}, and says that its data has {count} "
+                "samples: one number for each is needed. Score the data anew."
+            )
+        if bool(np.isnan(values).any()):
+            raise ScoresError(f"{file} holds {int(np.isnan(values).sum())} scores that are NaN. Score the data anew.")
         return cls(about["kind"], torch.from_numpy(values), about["runs"], about["data"])
 
     def merged(self, other: Scores) -> Scores:

@@ -104,6 +104,8 @@ class Adam8bit(TechniqueCallback):
     """
 
     technique = RECORD
+    may_change = ("backend", "compile")
+    must_not_change = ("keep_32bit", "min_elements")
 
     def __init__(
         self,

@@ -58,6 +58,7 @@ class Attention(TechniqueCallback):
     """
 
     technique: ClassVar[Technique] = RECORD
+    may_change = ("kernel",)
     _sites: list[Site] = in_run(list)
     _others: list[Site] = in_run(list)  # which are not among layers
     _fixed: dict[tuple[Any, ...], BlockPattern] = in_run(dict)

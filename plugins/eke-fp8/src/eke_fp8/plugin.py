@@ -126,6 +126,8 @@ class FP8(TechniqueCallback):
     """
 
     technique: ClassVar[Technique] = RECORD
+    may_change = ("backend",)
+    must_not_change = ("recipe", "history")
     _module: LightningModule | None = in_run(None)  # in training, when its layers hold what is remembered
     _steps: int = in_run(0)
 

@@ -274,6 +274,16 @@ class TechniqueContract(ZooContract, CallbackContract):
     def test_each_effect_of_its_record_is_seen_and_no_other(self) -> None:
         effects.proves_its_effects(self.subject(), self.unseen)
 
+    def other(self) -> object:
+        """Make the technique with an argument that is another, where none is found by itself."""
+        return checks.another(self.build)
+
+    def test_resumed_with_another_argument_without_it_or_added_it_says_so(self) -> None:
+        checks.says_what_changed(self.subject(), self.other if self.other() is not None else None)
+
+    def test_its_steps_do_not_depend_on_what_may_change(self) -> None:
+        checks.steps_do_not_depend_on_what_may_change(self.subject())
+
     def test_beside_a_second_pass_it_sees_one_step(self) -> None:
         checks.sees_one_step_beside_a_second_pass(self.subject())
 

@@ -3,6 +3,7 @@
 The contract calls them with defaults; call one directly to check a technique that is no subject of the contract.
 """
 
+from eke.testing.checks.changing import another, says_what_changed, steps_do_not_depend_on_what_may_change
 from eke.testing.checks.common import REFUSALS, transformers_missing
 from eke.testing.checks.in_zoo import Seen, differs, meets
 from eke.testing.checks.leaving import (
@@ -41,6 +42,7 @@ __all__ = [
     "Subject",
     "a_command_line_builds_it",
     "accumulation_equals_the_big_batch",
+    "another",
     "changes_nothing_when_off",
     "clips_gradients",
     "comparable",
@@ -60,6 +62,8 @@ __all__ = [
     "ranks_equal_one_process",
     "ranks_resume",
     "resumes",
+    "says_what_changed",
+    "steps_do_not_depend_on_what_may_change",
     "sees_one_step_beside_a_second_pass",
     "trains",
     "trains_in_bf16",
