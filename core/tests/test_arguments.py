@@ -251,12 +251,12 @@ OTHERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("pair", SAME, ids=repr)
+@pytest.mark.parametrize("pair", SAME, ids=[f"{n} {type(a).__name__}" for n, (a, _) in enumerate(SAME)])
 def test_what_says_the_same_is_the_same(pair):
     assert arguments.same(*map(arguments.describe, pair))
 
 
-@pytest.mark.parametrize("pair", OTHERS, ids=repr)
+@pytest.mark.parametrize("pair", OTHERS, ids=[f"{n} {type(a).__name__}" for n, (a, _) in enumerate(OTHERS)])
 def test_what_says_otherwise_is_told_apart(pair):
     assert not arguments.same(*map(arguments.describe, pair))
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from eke import ResumeError
 from eke.seams.samples import Samples, SamplesError
-from eke.seams.standing import ResumeError
 from eke.spec import Technique
 from eke.technique import TechniqueCallback
 from lightning.pytorch import Callback, LightningModule, Trainer

@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
+from eke import ArgumentError
+
 from eke_bench.benchmark import Benchmark, normalized_cost, quality
 from eke_bench.stats import cost_of_quality, counted, paired_mean, quality_at_cost
 from eke_bench.workloads import load
@@ -26,7 +28,7 @@ def summarize(benchmark: Benchmark, size: str, results: Mapping[str, list[Any]])
     rows = {label: _row(label, benchmark, runs) for label, runs in results.items()}
     baseline = rows["baseline"]
     if baseline["status"] != "ok":
-        raise ValueError(f"the baseline of {benchmark.name} has no result: {baseline['error']}")
+        raise ArgumentError(f"the baseline of {benchmark.name} has no result: {baseline['error']}")
     aa = _noise(results)
     for label, row in rows.items():
         if row["status"] == "ok":

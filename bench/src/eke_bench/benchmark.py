@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from eke import ArgumentError
 from eke.spec import EkeError
 
 from eke_bench.runner import Runner
@@ -57,9 +58,9 @@ class Benchmark:
 
     def __post_init__(self) -> None:
         if not self.variants:
-            raise ValueError(f"{self.name} compares nothing: variants is empty. Give one recipe or more, by label.")
+            raise ArgumentError(f"{self.name} compares nothing: variants is empty. Give one recipe or more, by label.")
         if self.claim not in CLAIMS:
-            raise ValueError(f"claim={self.claim!r} is none of: {', '.join(CLAIMS)}.")
+            raise ArgumentError(f"claim={self.claim!r} is none of: {', '.join(CLAIMS)}.")
 
     def shapes(self, size: str) -> tuple[dict[str, int], dict[str, int]]:
         """Of the model and of the smaller control at a size.
@@ -71,7 +72,9 @@ class Benchmark:
         shape, smaller = at.shape, at.smaller
         if self.shape == "deep":
             if at.deep is None:
-                raise ValueError(f"{self.workload} has no deep model. Give shape={{{size!r}: {{...}}}} in its place.")
+                raise ArgumentError(
+                    f"{self.workload} has no deep model. Give shape={{{size!r}: {{...}}}} in its place."
+                )
             shape, smaller = at.deep, {**at.deep, "blocks": at.deep["blocks"] // 2}
         else:
             shape = self.shape.get(size, shape)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from eke import ArgumentError
 from eke.spec import EkeError
 
 from eke_bench import store
@@ -40,7 +41,7 @@ class Runner:
         self, folder: str | Path, jobs: int = 1, say: Callable[[str], None] = print, *, train: bool = True
     ) -> None:
         if jobs < 1:
-            raise ValueError(f"jobs={jobs} runs nothing. Give 1 or more.")
+            raise ArgumentError(f"jobs={jobs} runs nothing. Give 1 or more.")
         self.folder, self.jobs, self.say, self.train = Path(folder).resolve(), jobs, say, train
 
     def __call__(self, runs: Iterable[Run]) -> list[dict[str, Any]]:

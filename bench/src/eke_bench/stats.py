@@ -11,6 +11,8 @@ from itertools import pairwise
 from time import process_time
 from typing import Any
 
+from eke import ArgumentError
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -31,7 +33,7 @@ def bootstrap(values: Sequence[float], level: float = 0.95, draws: int = 2000) -
         ValueError: there are no values.
     """
     if not values:
-        raise ValueError("no values to take a median of. Give one or more.")
+        raise ArgumentError("no values to take a median of. Give one or more.")
     source = random.Random(0)
     medians = sorted(statistics.median(source.choices(values, k=len(values))) for _ in range(draws))
     cut = int(draws * (1 - level) / 2)

@@ -217,13 +217,13 @@ class Technique:
     def __post_init__(self) -> None:
         words = self.name.split("_")
         if not all(word.isalnum() and word == word.lower() for word in words):
-            raise ValueError(
+            raise ArgumentError(
                 f"technique name {self.name!r}: use lower-case words joined by underscores, as token_drop."
             )
         for several in ("topics", "survey", "effects", "needs", "after", "offers", "imposes", "tolerates"):
             given = getattr(self, several)
             if isinstance(given, str):
-                raise ValueError(f"{several}={given!r} is one string: it needs a tuple, such as ({given!r},).")
+                raise ArgumentError(f"{several}={given!r} is one string: it needs a tuple, such as ({given!r},).")
         _one_of("kind", self.kind, KINDS)
         if not callable(self.exactness):
             _one_of("exactness", self.exactness, EXACTNESS)
@@ -237,7 +237,7 @@ class Technique:
             _one_of("topic", topic, TOPICS)
         for key in self.survey:
             if key not in KEYS:
-                raise ValueError(
+                raise ArgumentError(
                     f"survey names {key!r}, which is no key of eke.survey. `eke list --survey` prints them."
                 )
         for words in (self.imposes, self.tolerates):
@@ -302,4 +302,4 @@ def _impositions(words: tuple[str, ...]) -> tuple[str, ...]:
 
 def _one_of(what: str, value: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
-        raise ValueError(f"{what} is {value!r}. Use one of: {', '.join(allowed)}.")
+        raise ArgumentError(f"{what} is {value!r}. Use one of: {', '.join(allowed)}.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from eke import ArgumentError
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -65,7 +66,7 @@ class Workload:
 
     def __init__(self, size: str) -> None:
         if size not in self.sizes:
-            raise ValueError(f"{self.name} has no size {size!r}. It has: {', '.join(self.sizes)}.")
+            raise ArgumentError(f"{self.name} has no size {size!r}. It has: {', '.join(self.sizes)}.")
         self.size = self.sizes[size]
 
     def model(self, shape: Mapping[str, int], lr: float, steps: int) -> Learner:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from eke import Run, Technique, TechniqueCallback
+from eke import ArgumentError, Run, Technique, TechniqueCallback
 from eke.seams.losses import LossError, capture
 from eke.seams.samples import Samples, all_ranks, joined
 from eke.seams.scores import Scores, check_data, fingerprint
@@ -52,7 +52,7 @@ class Score(TechniqueCallback):
 
     def __init__(self, file: str | Path, kind: Literal["el2n", "forgetting", "loss"] = "el2n") -> None:
         if kind not in ("el2n", "forgetting", "loss"):
-            raise ValueError(f"kind={kind!r} is none of: el2n, forgetting, loss.")
+            raise ArgumentError(f"kind={kind!r} is none of: el2n, forgetting, loss.")
         self.file, self.kind = str(file), kind
         self._reset()
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from eke import ArgumentError
 from eke.seams.scores import ScoresError
 from torch import Tensor
 from torch.nn import functional as F
@@ -79,11 +80,11 @@ def choose(
         or not 0 <= balance <= 1
         or round(keep * count) > count - round(skip * count)
     ):
-        raise ValueError(f"keep={keep}, skip={skip}, balance={balance}: give shares that leave enough to keep.")
+        raise ArgumentError(f"keep={keep}, skip={skip}, balance={balance}: give shares that leave enough to keep.")
     if mode not in ("hard", "easy", "random"):
-        raise ValueError(f"mode={mode!r} is none of: hard, easy, random.")
+        raise ArgumentError(f"mode={mode!r} is none of: hard, easy, random.")
     if balance and classes is None:
-        raise ValueError(f"balance={balance} needs the classes of the samples.")
+        raise ArgumentError(f"balance={balance} needs the classes of the samples.")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     if mode != "random":
         order = order[values[order].argsort(descending=True, stable=True)]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from eke import ArgumentError
 from eke.seams.batch import size
 from eke.seams.scores import Collate
 from torch import Tensor
@@ -39,7 +40,7 @@ def embed(
         for batch in DataLoader(dataset, batch_size, collate_fn=collate_fn):
             one = function(batch)
             if one.ndim != 2 or len(one) != size(batch):
-                raise ValueError(
+                raise ArgumentError(
                     f"The embedding of a batch of {size(batch)} samples has shape {tuple(one.shape)}. Give (batch, "
                     "width): the class token, say, or the mean over tokens."
                 )
@@ -64,7 +65,7 @@ def kmeans(points: Tensor, count: int, *, rounds: int = 100, seed: int = 0) -> t
         ValueError: more clusters than samples.
     """
     if not 1 <= count <= len(points):
-        raise ValueError(f"{count} clusters of {len(points)} samples: give 1 or more, and no more than samples.")
+        raise ArgumentError(f"{count} clusters of {len(points)} samples: give 1 or more, and no more than samples.")
     generator = torch.Generator().manual_seed(seed)
     centroids = points[torch.randint(len(points), (1,), generator=generator)]
     far = _distances(points, centroids)[0]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import torch
-from eke import Run, Technique, TechniqueCallback
+from eke import ArgumentError, Run, Technique, TechniqueCallback
 from eke.seams.batch import rows, size
 from eke.seams.losses import Capture, capture
 from eke.seams.scoring import error_norms, scoring_pass
@@ -54,7 +54,7 @@ def _shares(scores: Tensor) -> Tensor:
     scores = scores.double()
     total = scores.sum()
     if not bool(total.isfinite()):
-        raise ValueError("A sample's loss is not finite: nothing can be drawn by it. Is the learning rate too high?")
+        raise ArgumentError("A sample's loss is not finite: nothing can be drawn by it. Is the learning rate too high?")
     return scores / total if total > 0 else torch.full_like(scores, 1 / len(scores))
 
 
@@ -92,11 +92,13 @@ class ImportanceSampling(TechniqueCallback):
         by: Literal["gradient", "loss"] = "gradient",
     ) -> None:
         if not 0 < keep <= 1:
-            raise ValueError(f"keep={keep}: give a share of the batch, above 0 and at most 1.")
+            raise ArgumentError(f"keep={keep}: give a share of the batch, above 0 and at most 1.")
         if not 0 <= smoothing < 1 or (threshold is not None and threshold < 0):
-            raise ValueError(f"smoothing={smoothing}, threshold={threshold}: give one below 1, and one of 0 or more.")
+            raise ArgumentError(
+                f"smoothing={smoothing}, threshold={threshold}: give one below 1, and one of 0 or more."
+            )
         if by not in ("gradient", "loss"):
-            raise ValueError(f"by={by!r} is none of: gradient, loss.")
+            raise ArgumentError(f"by={by!r} is none of: gradient, loss.")
         self.keep, self.smoothing, self.by = keep, smoothing, by
         self.threshold = 1 + 1 / (3 * keep) if threshold is None else threshold
         self._gain = 0.0

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from eke import Run, Technique, TechniqueCallback
+from eke import ArgumentError, Run, Technique, TechniqueCallback
 from eke.seams.losses import capture
 from eke.seams.samples import Samples, all_ranks, finite, joined
 from eke.seams.scoring import error_norms
@@ -78,9 +78,9 @@ class RAIS(TechniqueCallback):
 
     def __init__(self, floor: float = 0.2, *, start: int = 1) -> None:
         if not 0 < floor <= 1:
-            raise ValueError(f"floor={floor}: give a share of the draws, above 0; 1 draws all alike.")
+            raise ArgumentError(f"floor={floor}: give a share of the draws, above 0; 1 draws all alike.")
         if start < 1 or start != int(start):
-            raise ValueError(f"start={start}: give epochs that see every sample once, 1 or more.")
+            raise ArgumentError(f"start={start}: give epochs that see every sample once, 1 or more.")
         self.floor, self.start = floor, start
         self._reset()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from eke import Run, Technique, TechniqueCallback
+from eke import ArgumentError, Run, Technique, TechniqueCallback
 from eke.seams.losses import capture
 from eke.seams.samples import Samples, all_ranks, finite, joined, keep_pace
 from lightning.pytorch import LightningModule, Trainer
@@ -91,11 +91,11 @@ class InfoBatch(TechniqueCallback):
 
     def __init__(self, ratio: float = 0.5, *, start: int = 1, anneal: float = 0.125, keep_pace: bool = True) -> None:
         if not 0 <= ratio < 1:
-            raise ValueError(f"ratio={ratio}: give a share of the well-learned samples below 1.")
+            raise ArgumentError(f"ratio={ratio}: give a share of the well-learned samples below 1.")
         if start < 1 or start != int(start):
-            raise ValueError(f"start={start}: give epochs that see all samples, 1 or more.")
+            raise ArgumentError(f"start={start}: give epochs that see all samples, 1 or more.")
         if not 0 <= anneal <= 1:
-            raise ValueError(f"anneal={anneal}: give a share of the run.")
+            raise ArgumentError(f"anneal={anneal}: give a share of the run.")
         self.ratio, self.start, self.anneal, self.keep_pace = ratio, start, anneal, keep_pace
         self._reset()
 

@@ -13,7 +13,7 @@ from math import exp
 from typing import Any, ClassVar, Literal
 
 import torch
-from eke import Run, Technique, TechniqueCallback, compat, in_run
+from eke import ArgumentError, Run, Technique, TechniqueCallback, compat, in_run
 from eke.seams import interceptor
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
@@ -88,11 +88,11 @@ class LayerDrop(TechniqueCallback):
         blocks: str | Sequence[str] | None = None,
     ) -> None:
         if not 0 < keep <= 1:
-            raise ValueError(f"keep={keep} is no probability above 0. Give 0.5, or 1 to skip nothing.")
+            raise ArgumentError(f"keep={keep} is no probability above 0. Give 0.5, or 1 to skip nothing.")
         if schedule not in ("progressive", "constant"):
-            raise ValueError(f"schedule={schedule!r} is none of: progressive, constant.")
+            raise ArgumentError(f"schedule={schedule!r} is none of: progressive, constant.")
         if gamma is not None and (gamma < 0 or schedule == "constant"):
-            raise ValueError(
+            raise ArgumentError(
                 f"gamma={gamma} with schedule={schedule!r}: give 0 or more, with the progressive schedule."
             )
         self.keep, self.schedule, self.gamma, self.rescale, self.blocks = keep, schedule, gamma, rescale, blocks

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from eke import ArgumentError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,7 +38,7 @@ def positions_2d(grid: tuple[int, int], width: int) -> Tensor:
         ValueError: a width that is no multiple of 4.
     """
     if width % 4:
-        raise ValueError(f"decoder_width={width} is no multiple of 4, which its positions along two axes need.")
+        raise ArgumentError(f"decoder_width={width} is no multiple of 4, which its positions along two axes need.")
     rates = 10_000 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     rows, columns = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
     angles = [axis.flatten()[:, None] * rates for axis in (columns, rows)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from eke import Run, TechniqueCallback, in_run
+from eke import ArgumentError, Run, TechniqueCallback, in_run
 from eke.seams import interceptor
 from eke.seams.blocks import Blocks, find_all_blocks
 from eke.seams.recompute import Policy, Recomputing, recompute, spans
@@ -63,9 +63,11 @@ class Remat(TechniqueCallback):
     ) -> None:
         spans(1, span, every)  # refuses what makes no sense
         if isinstance(policy, str) and policy not in POLICIES:
-            raise ValueError(f"policy={policy!r} is none of {', '.join(map(repr, POLICIES))}, a list and a function.")
+            raise ArgumentError(
+                f"policy={policy!r} is none of {', '.join(map(repr, POLICIES))}, a list and a function."
+            )
         if own not in ("take over", "leave"):
-            raise ValueError(f"own={own!r} is neither 'take over' nor 'leave'.")
+            raise ArgumentError(f"own={own!r} is neither 'take over' nor 'leave'.")
         self.policy, self.every, self.span, self.blocks, self.own = policy, every, span, blocks, own
 
     def alter_model(self, run: Run) -> None:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import eke
 import torch
-from eke import EkeError, Run, Technique, TechniqueCallback, measure
+from eke import ArgumentError, EkeError, Run, Technique, TechniqueCallback, measure
 from eke.seams.batch import tensors
 from eke.seams.trial import clock, compare, compiled, switch_off, switch_on, turns
 from eke.strategies import arguments_of
@@ -78,11 +78,11 @@ class Report(TechniqueCallback):
         file: str = "effects.json",
     ) -> None:
         if start < 2 or rounds < 2 or block < 2:
-            raise ValueError(
+            raise ArgumentError(
                 f"start={start}, rounds={rounds}, block={block} leave nothing to compare: each has to be 2 or more."
             )
         if pairs == 1 or pairs < 0 or pair_steps < 4:
-            raise ValueError(
+            raise ArgumentError(
                 f"pairs={pairs}, pair_steps={pair_steps}: give 2 rounds or more, or 0 for none, of 4 steps or more."
             )
         self.start, self.rounds, self.block, self.ceilings, self.file = start, rounds, block, ceilings, file

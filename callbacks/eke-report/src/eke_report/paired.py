@@ -8,7 +8,7 @@ from typing import Any
 
 import eke
 import torch
-from eke import measure
+from eke import ArgumentError, measure
 from eke.seams.trial import clock, compiled, differ
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
@@ -44,9 +44,9 @@ def paired(
         ValueError: no technique, or too few steps to time.
     """
     if not recipe:
-        raise ValueError("the recipe is empty: there is nothing to pair. Name one technique or more.")
+        raise ArgumentError("the recipe is empty: there is nothing to pair. Name one technique or more.")
     if steps < warmup + 2 or seeds < 1:
-        raise ValueError(f"steps={steps}, warmup={warmup}, seeds={seeds} leave nothing to time. Give more steps.")
+        raise ArgumentError(f"steps={steps}, warmup={warmup}, seeds={seeds} leave nothing to time. Give more steps.")
     variants = {"": recipe, "again": recipe}
     variants |= {name: {other: recipe[other] for other in recipe if other != name} for name in recipe}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}

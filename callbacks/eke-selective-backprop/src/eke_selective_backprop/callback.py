@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from eke import Run, Technique, TechniqueCallback
+from eke import ArgumentError, Run, Technique, TechniqueCallback
 from eke.seams.batch import rows
 from eke.seams.losses import showing
 from eke.seams.scoring import scoring_pass
@@ -66,11 +66,11 @@ class SelectiveBackprop(TechniqueCallback):
 
     def __init__(self, keep: float = 0.5, *, start: float = 0.5, end: float = 0.9, interrupt: int = 2) -> None:
         if not 0 < keep <= 1:
-            raise ValueError(f"keep={keep}: give a share of the batch, above 0 and at most 1.")
+            raise ArgumentError(f"keep={keep}: give a share of the batch, above 0 and at most 1.")
         if not 0 <= start <= end <= 1:
-            raise ValueError(f"start={start}, end={end}: give shares of the run, start before end.")
+            raise ArgumentError(f"start={start}, end={end}: give shares of the run, start before end.")
         if interrupt < 0 or interrupt == 1 or interrupt != int(interrupt):
-            raise ValueError(f"interrupt={interrupt}: give 2 or more steps, or 0 for no whole batches between.")
+            raise ArgumentError(f"interrupt={interrupt}: give 2 or more steps, or 0 for no whole batches between.")
         self.keep, self.start, self.end, self.interrupt = keep, start, end, interrupt
         self._kind = ""
 

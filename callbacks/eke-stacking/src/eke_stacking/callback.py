@@ -13,7 +13,7 @@ from math import ceil
 from typing import Any, ClassVar, Literal
 
 import torch
-from eke import Run, Technique, TechniqueCallback, compat
+from eke import ArgumentError, Run, Technique, TechniqueCallback, compat
 from eke.seams import growth, interceptor
 from eke.seams.blocks import Blocks, find_all_blocks
 from eke.seams.names import plain
@@ -77,7 +77,7 @@ class Stacking(TechniqueCallback):
         _one_of("form", form, ("dormant", "growth"))
         _one_of("optimizer_state", optimizer_state, ("copy", "reset_new", "reset_all"))
         if (operator, form) == ("random", "growth"):
-            raise ValueError(
+            raise ArgumentError(
                 "operator='random' needs the weights that blocks were built with, and form='growth' frees them. "
                 "Use form='dormant'."
             )
@@ -180,12 +180,12 @@ class Stacking(TechniqueCallback):
                 return
             self._meet(find_all_blocks(pl_module, manifest["path"]))
         if manifest and manifest["depth"] != len(self._full):
-            raise ValueError(
+            raise ArgumentError(
                 f"the checkpoint is of a model with {manifest['depth']} blocks; this has {len(self._full)}."
             )
         if manifest and manifest["form"] != self.form:
             if self._fitting:
-                raise ValueError(
+                raise ArgumentError(
                     f"the checkpoint was written with form={manifest['form']!r} and this Stacking has "
                     f"form={self.form!r}: optimizers and keys differ. Resume with the form it was written with."
                 )
@@ -254,11 +254,13 @@ class Stacking(TechniqueCallback):
         )
         if self.depths is not None:
             if self.depths[-1] >= full:
-                raise ValueError(f"depths={self.depths} leave nothing to grow to: the model has {full} blocks.{beside}")
+                raise ArgumentError(
+                    f"depths={self.depths} leave nothing to grow to: the model has {full} blocks.{beside}"
+                )
             return [*self.depths, full]
         times = 2 ** len(self.stages)
         if full % times:
-            raise ValueError(
+            raise ArgumentError(
                 f"The model's {full} blocks cannot be halved {len(self.stages)} times. Give depths=, such as "
                 f"depths={[max(1, full >> i) for i in range(len(self.stages), 0, -1)]}, or other stages.{beside}"
             )
@@ -267,12 +269,12 @@ class Stacking(TechniqueCallback):
     def _refuse(self, lists: list[Blocks]) -> None:
         for found in lists:
             if found.shared:
-                raise ValueError(
+                raise ArgumentError(
                     f"The blocks at {found.path!r} share {found.shared[0]!r}: one cannot be trained without the other. "
                     "Stacking needs blocks with weights of their own."
                 )
             if not operators.copyable(found):
-                raise ValueError(
+                raise ArgumentError(
                     f"The blocks at {found.path!r} differ in class or shape: none can be copied to another."
                 )
             if self.operator == "identity":
@@ -366,7 +368,7 @@ def _times(stages: Sequence[float]) -> list[float] | list[int]:
     shares = all(0 < time < 1 for time in times)
     steps = all(type(time) is int for time in times)
     if not times or not (steps or shares) or times != sorted(set(times)):
-        raise ValueError(
+        raise ArgumentError(
             f"stages={list(stages)} are no times of growth: give rising shares of the run between 0 and 1, as "
             "[0.125, 0.3], or rising numbers of optimizer steps, as [5000, 12000]."
         )
@@ -378,11 +380,11 @@ def _check_depths(depths: Sequence[int] | None, stages: list[float] | list[int])
         return
     depths = list(depths)
     if not all(type(depth) is int and depth >= 1 for depth in depths) or depths != sorted(set(depths)):
-        raise ValueError(f"depths={depths} do not rise from 1 block or more. Give the depth before each growth.")
+        raise ArgumentError(f"depths={depths} do not rise from 1 block or more. Give the depth before each growth.")
     if len(depths) != len(stages):
-        raise ValueError(f"depths={depths} and stages={stages}: give one depth for each growth, the one before it.")
+        raise ArgumentError(f"depths={depths} and stages={stages}: give one depth for each growth, the one before it.")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name}={value!r} is none of: {', '.join(allowed)}.")
+        raise ArgumentError(f"{name}={value!r} is none of: {', '.join(allowed)}.")

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 
 import torch
+from eke import ArgumentError
 from eke.seams.anatomy import AnatomyError, Map, anatomy, attention_sites
 from eke.seams.blocks import Blocks
 from eke.seams.names import at, plain, plain_keys
@@ -108,12 +109,12 @@ def output_projections(block: nn.Module) -> list[Map]:
     try:
         found = anatomy(block)
     except AnatomyError as error:
-        raise ValueError(
+        raise ArgumentError(
             f"operator='identity' sets output projections to zero: {error} Use operator='stack'."
         ) from None
     part = "attention" if not found.attention or any(one.output is None for one in found.attention) else "MLP"
     if part == "attention" or not found.mlps:
-        raise ValueError(
+        raise ArgumentError(
             f"{type(block).__name__} shows no output projection of its {part}, which operator='identity' has to set "
             "to zero. Use operator='stack'."
         )
@@ -156,11 +157,11 @@ def check_identity(block: nn.Module) -> None:
             continue
         if torch.equal(output[0] if isinstance(output, tuple) else output, hidden):
             return
-        raise ValueError(
+        raise ArgumentError(
             f"{type(block).__name__} changes its input even with zeroed output projections, as a post-norm block does: "
             "operator='identity' needs pre-norm blocks (norm_first=True). Use operator='stack'."
         )
-    raise ValueError(
+    raise ArgumentError(
         f"{type(block).__name__} does not run on hidden states alone, so it could not be checked that "
         "operator='identity' keeps the model's function. Use operator='stack'."
     )
@@ -175,7 +176,7 @@ def check_kinds(blocks: Sequence[nn.Module], sources: Mapping[int, int]) -> None
     for target, source in sources.items():
         kinds = [_layer_type(blocks[i]) for i in (target, source)]
         if kinds[0] != kinds[1]:
-            raise ValueError(
+            raise ArgumentError(
                 f"Block {target} is of type {kinds[0]} and would be copied from block {source} of type {kinds[1]}. "
                 "Give depths= that are multiples of the period with which the types alternate."
             )

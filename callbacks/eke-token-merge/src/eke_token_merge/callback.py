@@ -11,12 +11,11 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from eke import Run, Technique, TechniqueCallback, in_run
+from eke import ArgumentError, Run, RunError, Technique, TechniqueCallback, in_run
 from eke.seams import interceptor
 from eke.seams.anatomy import AttentionSite, attention_sites
 from eke.seams.patches import PatchesError, find_patches, patch_blocks, relative_positions
 from eke.seams.sdpa import Call, Catch, sdpa
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -119,13 +118,13 @@ class TokenMerge(TechniqueCallback):
         blocks: str | Sequence[str] | None = None,
     ) -> None:
         if count < 0 or count != int(count):
-            raise ValueError(f"count={count}: give a number of patches that each block joins, 0 or more.")
+            raise ArgumentError(f"count={count}: give a number of patches that each block joins, 0 or more.")
         if not 0 <= tail <= 1:
-            raise ValueError(f"tail={tail}: give a share of the run.")
+            raise ArgumentError(f"tail={tail}: give a share of the run.")
         if prefix is not None and prefix < 0:
-            raise ValueError(f"prefix={prefix}: give 0 or more tokens.")
+            raise ArgumentError(f"prefix={prefix}: give 0 or more tokens.")
         if divide not in ("tokens", "patches"):
-            raise ValueError(f"divide={divide!r} is none of: tokens, patches.")
+            raise ArgumentError(f"divide={divide!r} is none of: tokens, patches.")
         self.count, self.tail, self.proportional, self.evaluate = count, tail, proportional, evaluate
         self.divide = divide
         self.prefix, self.blocks = prefix, blocks
@@ -216,7 +215,7 @@ class Merge:
         if self.first:
             own = hidden.shape[1] - state["patches"] if self.prefix is None else self.prefix
             if not 0 <= own < hidden.shape[1]:
-                raise MisconfigurationException(
+                raise RunError(
                     f"The first block gets {hidden.shape[1]} tokens, and {state.get('patches')} patches are cut: "
                     "say how many tokens of its own come first: TokenMerge(prefix=1)."
                 )
@@ -238,20 +237,20 @@ class Merge:
 
     def _check(self, hidden: Tensor, args: Any, kwargs: Any) -> None:
         if self.compiled or torch.compiler.is_compiling():
-            raise MisconfigurationException(
+            raise RunError(
                 "TokenMerge looks into the attention while it runs, which compiled code does not let it. Leave "
                 "torch.compile or the technique out."
             )
         if self.recomputed or torch._C._current_graph_task_id() != -1:
-            raise MisconfigurationException(_RECOMPUTED)
+            raise RunError(_RECOMPUTED)
         if hidden.ndim != 3:
-            raise MisconfigurationException(
+            raise RunError(
                 f"TokenMerge met hidden states of shape {tuple(hidden.shape)} and needs (batch, length, width)."
             )
         for value in (*args, *kwargs.values()):
             for part in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(part, Tensor) and {hidden.shape[1], self.state.get("patches", -1)} & set(part.shape):
-                    raise MisconfigurationException(
+                    raise RunError(
                         f"The blocks also get an input of shape {tuple(part.shape)}, one entry a token. TokenMerge "
                         "serves models that add their positions before the blocks and take no mask."
                     )
@@ -291,7 +290,7 @@ class Watch:
         self.caught.__exit__(*error)
         self.hook.remove()
         if error[0] is None and self.keys is not None and self.bias is not None and not self.weighed:
-            raise MisconfigurationException(
+            raise RunError(
                 f"The attention at {self.attention.path!r} does not go through scaled_dot_product_attention, so that "
                 "tokens cannot be weighed by their size. Choose that implementation (attn_implementation='sdpa'), or "
                 "TokenMerge(proportional=False)."
@@ -299,14 +298,14 @@ class Watch:
 
     def _weigh(self, call: Call) -> Tensor:
         if call.causal:
-            raise MisconfigurationException(
+            raise RunError(
                 "The attention is causal: a token that is merged with a later one would see the future. TokenMerge "
                 "serves Vision Transformers."
             )
         if self.bias is None or call.key.shape[2] != self.bias.shape[1]:
             return sdpa(call)
         if call.mask is not None and call.mask.dtype == torch.bool:
-            raise MisconfigurationException("The attention gets a mask. TokenMerge serves models that take none.")
+            raise RunError("The attention gets a mask. TokenMerge serves models that take none.")
         self.weighed = True
         bias = self.bias[:, None, None].to(call.query.dtype)
         return sdpa(call._replace(mask=bias if call.mask is None else call.mask + bias))

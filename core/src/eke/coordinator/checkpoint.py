@@ -21,6 +21,7 @@ from torch.utils.data import IterableDataset
 from eke import compat
 from eke.coordinator import arguments
 from eke.coordinator.opening import overrides
+from eke.refusal import RunError
 from eke.seams import shards, state
 from eke.seams.masks import Masks
 from eke.seams.progress import Progress
@@ -407,7 +408,7 @@ def _marks(techniques: list[TechniqueCallback]) -> Iterator[tuple[str, str]]:
 
 def _refuse_late_shape(technique: TechniqueCallback, trainer: Trainer | None) -> None:
     if trainer is not None and trainer.strategy.restore_checkpoint_after_setup:
-        raise MisconfigurationException(
+        raise RunError(
             f"{type(technique).__name__} has to change the model's shape before weights load, and "
             f"{type(trainer.strategy).__name__} loads them after sharding it. Resume on one device or with "
             "strategy='ddp'."

@@ -22,7 +22,7 @@ from eke.seams.names import plain
 from eke.seams.scoring import evaluating
 from eke.seams.shards import laid_out, load_parts, local, nearest, reshard, save_parts
 from eke.seams.state import rng_state, set_rng_state
-from eke.spec import EkeError
+from eke.spec import ArgumentError, EkeError
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -49,14 +49,14 @@ def ema(decay: float, bias: str = "correct") -> Callable[[int], float]:
         that of TensorFlow's ExponentialMovingAverage with num_updates.
     """
     if not 0 <= decay < 1:
-        raise ValueError(f"decay={decay}: it has to be from 0 to below 1. 0.999 is usual.")
+        raise ArgumentError(f"decay={decay}: it has to be from 0 to below 1. 0.999 is usual.")
     if bias == "correct":
         return lambda update: (1 - decay) / (1 - decay**update)
     if bias == "warm up":
         return lambda update: 1.0 if update == 1 else 1 - min(decay, (1 + update) / (10 + update))
     if bias == "first":
         return lambda update: 1.0 if update == 1 else 1 - decay
-    raise ValueError(f"bias={bias!r}: use 'correct', 'warm up' or 'first'.")
+    raise ArgumentError(f"bias={bias!r}: use 'correct', 'warm up' or 'first'.")
 
 
 def equal() -> Callable[[int], float]:
@@ -272,7 +272,7 @@ class LatestAverage(_Average):
 
     def __init__(self, module: nn.Module, count: int, **options: Any) -> None:
         if count < 1:
-            raise ValueError(f"count={count} averages over nothing: 1 or more snapshots are needed.")
+            raise ArgumentError(f"count={count} averages over nothing: 1 or more snapshots are needed.")
         super().__init__(module, **options)
         self.count = count
 
@@ -347,7 +347,7 @@ def batch_statistics(
                 run(batch)
                 seen += 1
             if not seen:
-                raise ValueError("batches is empty: statistics need one batch or more.")
+                raise ArgumentError("batches is empty: statistics need one batch or more.")
             found = {
                 f"{name}.{kind}" if name else kind: getattr(part, kind).clone()
                 for name, part in norms.items()

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from eke import compat
 from eke.seams.state import plain_rng, rng_state, set_rng_state
-from eke.spec import EkeError
+from eke.spec import ArgumentError, EkeError
 
 
 class Position:
@@ -316,7 +316,7 @@ class IndexTap:
 
     def __init__(self, loader: DataLoader) -> None:
         if loader.batch_sampler is None:
-            raise ValueError("The loader has no batch sampler, so its samples have no indices.")
+            raise ArgumentError("The loader has no batch sampler, so its samples have no indices.")
         self._loader = loader
         self._batches: deque[list[int]] = deque()
         self._passed = 0  # batches of the running epoch that were asked for or passed over

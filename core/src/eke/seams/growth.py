@@ -12,10 +12,10 @@ import gc
 from collections.abc import Mapping
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from torch.nn.parallel import DistributedDataParallel
 
+from eke.refusal import RunError
 from eke.seams.optimizer import rebind, transplant
 from eke.seams.wrapped import walk
 from eke.strategies import imposed
@@ -29,7 +29,7 @@ def check_growable(trainer: Trainer, who: str) -> None:
     """
     strategy = trainer.strategy
     if imposed(strategy):
-        raise MisconfigurationException(
+        raise RunError(
             f"{who} changes the shape of the model in mid-run, which {type(strategy).__name__} cannot follow: it has "
             "sharded parameters or optimizer states, or built its own optimizer by then. Use one device or "
             "strategy='ddp', or save a checkpoint at the growth and start a new fit from it."

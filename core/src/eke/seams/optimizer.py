@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from eke import compat
 from eke.seams.wrapped import inner_of
+from eke.spec import ArgumentError
 
 
 def map_optimizers(returned: Any, change: Callable[[Optimizer], Optimizer]) -> Any:
@@ -63,7 +64,7 @@ def transplant(old: Optimizer, new: Optimizer, origin: Mapping[torch.Tensor, tor
         ValueError: the numbers of parameter groups differ.
     """
     if len(old.param_groups) != len(new.param_groups):
-        raise ValueError(
+        raise ArgumentError(
             f"{type(new).__name__} has {len(new.param_groups)} parameter groups after the change and had "
             f"{len(old.param_groups)} before: configure_optimizers must build as many groups for any depth. "
             "Group parameters by kind, not by layer."

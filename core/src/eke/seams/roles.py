@@ -21,6 +21,7 @@ from eke.seams.anatomy import is_norm
 from eke.seams.blocks import BlocksError, find_all_blocks, is_linear
 from eke.seams.linear import features
 from eke.seams.names import parameter_names, plain
+from eke.spec import ArgumentError
 
 Kind = Literal["hidden", "embedding", "head", "norm", "bias", "other"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -107,7 +108,7 @@ def decay_groups(
     """
     decays = dict(weight_decay) if isinstance(weight_decay, Mapping) else dict.fromkeys(kinds, weight_decay)
     if unknown := [kind for kind in decays if kind not in KINDS]:
-        raise ValueError(f"{unknown[0]!r} is no kind of parameter: give {', '.join(KINDS)}.")
+        raise ArgumentError(f"{unknown[0]!r} is no kind of parameter: give {', '.join(KINDS)}.")
     groups: dict[float, dict[str, Any]] = {}
     for role in roles(module).values():
         if role.parameter.requires_grad:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Subset
 from eke.seams.batch import named_parts, rows, size
 from eke.seams.scoring import check_scorable, error_norms, evaluating, scoring_pass
 from eke.seams.step import muted, notes_kept, step_arguments
-from eke.spec import EkeError
+from eke.spec import ArgumentError, EkeError
 
 Collate = Callable[[list[Any]], Any]
 _FORMAT = 1
@@ -173,7 +173,7 @@ def score(
         ValueError: another kind; losses that cannot be followed back to the samples; a module that optimizes by hand.
     """
     if kind not in ("loss", "el2n", "grand"):
-        raise ValueError(f"kind={kind!r} is none of: loss, el2n, grand.")
+        raise ArgumentError(f"kind={kind!r} is none of: loss, el2n, grand.")
     check_scorable(pl_module)
     device = torch.device(device) if device is not None else pl_module.device
     pl_module.to(device)

@@ -26,7 +26,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
@@ -42,12 +41,7 @@ from eke.seams import state
 from eke.seams.data import Position, sources
 from eke.seams.passes import Passes
 from eke.seams.state import Copies
-from eke.spec import EkeError
-
-
-class ResumeError(EkeError, MisconfigurationException):
-    """A run cannot go on from a checkpoint as it was."""
-
+from eke.spec import ResumeError
 
 # Stages of which the run's own state tells at any time while they last.
 _LIVE = ("outside", "batch end", "validated", "epoch end", "over")

@@ -15,9 +15,14 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from eke import compat
+from eke.spec import EkeError
 
 KEY = "eke"
 VERSION = 1
+
+
+class StateError(EkeError, TypeError):
+    """Something in a state that a checkpoint's safe load would refuse."""
 
 
 def rng_state() -> dict[str, Any]:
@@ -139,7 +144,7 @@ def check_plain(value: Any, where: str) -> None:
         for i, item in enumerate(value):
             check_plain(item, f"{where}[{i}]")
     elif not (value is None or type(value) in (bool, int, float, str, bytes) or isinstance(value, torch.Tensor)):
-        raise TypeError(
+        raise StateError(
             f"{where} is a {type(value).__name__}, which a checkpoint's safe load refuses. "
             "Keep tensors, numbers, strings, and lists, tuples and dicts of them."
         )

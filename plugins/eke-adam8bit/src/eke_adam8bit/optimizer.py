@@ -18,7 +18,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from eke import EkeError
+from eke import ArgumentError, EkeError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
@@ -137,6 +137,10 @@ def compiled(device: str, dtype: torch.dtype, coupled: bool) -> tuple[Callable[.
     return _chunked, "not compiled"
 
 
+class SparseError(EkeError, RuntimeError):
+    """A gradient that is sparse, as torch's optimizers refuse it."""
+
+
 class Adam8bitError(EkeError, MisconfigurationException, ValueError):
     """An optimizer, a setting or a run that has no twin with 8-bit states."""
 
@@ -183,9 +187,9 @@ class AdamW8bit(Optimizer):
         compile: bool = True,
     ) -> None:
         if not 0 <= betas[0] < 1 or not 0 <= betas[1] < 1:
-            raise ValueError(f"betas={betas}: each is the share of a moment that a step keeps. Give two in [0, 1).")
+            raise ArgumentError(f"betas={betas}: each is the share of a moment that a step keeps. Give two in [0, 1).")
         if lr < 0 or eps < 0 or weight_decay < 0:
-            raise ValueError(f"lr={lr}, eps={eps}, weight_decay={weight_decay}: none may be negative.")
+            raise ArgumentError(f"lr={lr}, eps={eps}, weight_decay={weight_decay}: none may be negative.")
         self.kept = list(keep_32bit)
         self.min_elements = min_elements
         self.compile = compile
@@ -242,7 +246,7 @@ class AdamW8bit(Optimizer):
 
     def _start(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         if p.grad.is_sparse:
-            raise RuntimeError("AdamW8bit takes no sparse gradients. Build the embedding with sparse=False.")
+            raise SparseError("AdamW8bit takes no sparse gradients. Build the embedding with sparse=False.")
         if not self.quantizes(p):
             zeros = torch.zeros_like(p, dtype=_full(p.dtype), memory_format=torch.preserve_format)
             step = torch.zeros((), device=p.device if group["fused"] else "cpu")

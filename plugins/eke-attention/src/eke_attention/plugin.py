@@ -9,7 +9,7 @@ import math
 from typing import Any, ClassVar
 
 import torch
-from eke import Run, Technique, TechniqueCallback, in_run
+from eke import ArgumentError, Run, Technique, TechniqueCallback, in_run
 from eke.seams.names import NamesError, match
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -70,7 +70,7 @@ class Attention(TechniqueCallback):
     ) -> None:
         able = tuple(KERNELS) if pattern is None else SPARSE
         if kernel not in ("auto", *able):
-            raise ValueError(
+            raise ArgumentError(
                 f"kernel={kernel!r} {'with' if pattern is not None else 'without'} a pattern: give 'auto' or one of "
                 f"{', '.join(able)}."
             )

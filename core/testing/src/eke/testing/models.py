@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
+from eke import ArgumentError
 from eke.testing.data import BATCH, CLASSES, LENGTH, PIXELS, VOCABULARY, Images, Loader, Tokens
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -232,7 +233,7 @@ def hugging_face(kind: str, layers: int = LAYERS, dropout: float = 0.0) -> nn.Mo
         config = hf.ViTConfig(**size, **drop, intermediate_size=2 * WIDTH, image_size=PIXELS, patch_size=2)
         config.num_labels = CLASSES
         return hf.ViTForImageClassification(config)
-    raise ValueError(f"kind={kind!r} is not a model of the kit. Use gpt2, llama, bert or vit.")
+    raise ArgumentError(f"kind={kind!r} is not a model of the kit. Use gpt2, llama, bert or vit.")
 
 
 def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from eke import ArgumentError
 from torch import Tensor
 
 from eke_attention.kernels import Call, scores
@@ -27,7 +28,7 @@ class A3(Predicted):
 
     def __init__(self, share: float = 0.5, percent: float = 5.0, block: int = 64) -> None:
         if not 0 < share <= 1 or not 0 < percent <= 100:
-            raise ValueError(f"share={share}, percent={percent}: give a share above 0 and a percentage above 0.")
+            raise ArgumentError(f"share={share}, percent={percent}: give a share above 0 and a percentage above 0.")
         positive(block=block)
         self.share, self.percent, self.block = share, percent, block
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from eke import ArgumentError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -55,7 +56,7 @@ class Pattern:
 def positive(**given: float) -> None:
     for name, value in given.items():
         if value <= 0:
-            raise ValueError(f"{name}={value}: give a number above 0.")
+            raise ArgumentError(f"{name}={value}: give a number above 0.")
 
 
 class Predicted(Pattern):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from eke import ArgumentError
 from torch import Tensor
 
 from eke_attention.kernels import Call, Mod
@@ -28,7 +29,9 @@ class Documents(Pattern):
     def see_batch(self, batch: Any) -> Any:
         if self.separator is None:
             if not hasattr(batch, "keys") or "document_ids" not in batch:
-                raise ValueError("Documents() reads document_ids from the batch, which has none. Pack it by pack(...).")
+                raise ArgumentError(
+                    "Documents() reads document_ids from the batch, which has none. Pack it by pack(...)."
+                )
             self._ids = batch["document_ids"]
             # The model does not know them.
             return type(batch)({name: part for name, part in batch.items() if name != "document_ids"})
@@ -42,7 +45,7 @@ class Documents(Pattern):
         ids, length = self._ids, call.query.shape[2]
         if ids is None or len(ids) != len(call.query) or ids.shape[1] < length or call.key.shape[2] != length:
             shape = None if ids is None else tuple(ids.shape)
-            raise ValueError(
+            raise ArgumentError(
                 f"Documents knows documents of shape {shape}, and attention is to {tuple(call.query.shape)} "
                 "(batch, heads, length, size): it serves self-attention over the tokens of the batch."
             )
@@ -66,7 +69,9 @@ def pack(sequences: list[Tensor], length: int, padding: int = 0) -> dict[str, Te
     """
     if any(not 0 < len(one) <= length for one in sequences):
         found = sorted({len(one) for one in sequences})
-        raise ValueError(f"pack got sequences of {found[0]} to {found[-1]} tokens. Give 1 to {length}, or longer rows.")
+        raise ArgumentError(
+            f"pack got sequences of {found[0]} to {found[-1]} tokens. Give 1 to {length}, or longer rows."
+        )
     rows: list[list[Tensor]] = []
     for one in sorted(sequences, key=len, reverse=True):
         home = next((row for row in rows if sum(map(len, row)) + len(one) <= length), None)

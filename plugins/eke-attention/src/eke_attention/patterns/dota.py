@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from eke import ArgumentError
 from torch import Tensor
 
 from eke_attention.kernels import Call
@@ -44,13 +45,13 @@ class DOTA(Predicted):
         block: int = 64,
     ) -> None:
         if not 0 < keep <= 1 or bits < 2:
-            raise ValueError(f"keep={keep}, bits={bits}: give a share of the keys above 0, and 2 bits or more.")
+            raise ArgumentError(f"keep={keep}, bits={bits}: give a share of the keys above 0, and 2 bits or more.")
         positive(rank=rank, lr=lr, calibrate=calibrate, block=block)
         self.keep, self.rank, self.bits, self.lr, self.calibrate, self.block = keep, rank, bits, lr, calibrate, block
 
     def keeps(self, call: Call, layer: dict[str, Any], training: bool) -> Tensor | None:
         if "input" not in layer:
-            raise ValueError(
+            raise ArgumentError(
                 "DOTA predicts from what attention is given, (batch, length, width), and found no such tensor."
             )
         x = layer.pop("input").float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from eke import ArgumentError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,7 +32,9 @@ class Sanger(Predicted):
 
     def __init__(self, threshold: float = 2e-3, bits: int = 4, decay: float = 0.9999, block: int = 64) -> None:
         if not 0 <= threshold < 1 or bits < 2 or not 0 <= decay <= 1:
-            raise ValueError(f"threshold={threshold}, bits={bits}, decay={decay}: give [0, 1), 2 or more, and a share.")
+            raise ArgumentError(
+                f"threshold={threshold}, bits={bits}, decay={decay}: give [0, 1), 2 or more, and a share."
+            )
         positive(block=block)
         self.threshold, self.bits, self.decay, self.block = threshold, bits, decay, block
 

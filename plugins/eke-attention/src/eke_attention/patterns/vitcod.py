@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from eke import ArgumentError
 from torch import Tensor
 
 from eke_attention.kernels import Call, repeated, scores
@@ -59,7 +60,7 @@ class ViTCoD(Predicted):
         block: int = 64,
     ) -> None:
         if not 0 < share <= 1 or prefix < 0 or weight < 0:
-            raise ValueError(
+            raise ArgumentError(
                 f"share={share}, prefix={prefix}, weight={weight}: give a share above 0, and 0 or more of the others."
             )
         positive(collect=collect, lr=lr, block=block)
@@ -95,7 +96,7 @@ class ViTCoD(Predicted):
             if training:
                 mean = scores(call).float().softmax(-1).nan_to_num(0.0).mean(0)
                 if "sum" in layer and layer["sum"].shape != mean.shape:
-                    raise ValueError(
+                    raise ArgumentError(
                         f"ViTCoD averages attention of {tuple(layer['sum'].shape)} (heads, queries, keys), and now it "
                         f"is {tuple(mean.shape)}: its pattern is for rows of one length."
                     )
@@ -104,7 +105,7 @@ class ViTCoD(Predicted):
             return None
         pattern = layer["pattern"].to(call.query.device)
         if pattern.shape[1:] != (call.query.shape[2], call.key.shape[2]):
-            raise ValueError(
+            raise ArgumentError(
                 f"ViTCoD's pattern is for {tuple(pattern.shape[1:])} queries and keys, and attention is to "
                 f"{call.query.shape[2]} and {call.key.shape[2]}."
             )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from eke import Run, Technique, TechniqueCallback
+from eke import ArgumentError, Run, Technique, TechniqueCallback
 from torch import nn
 from torch.optim import Optimizer
 
@@ -54,7 +54,7 @@ class {{ cookiecutter.class_name }}(TechniqueCallback):
     def __init__(self, warmup_steps: int = 100) -> None:
         super().__init__()
         if warmup_steps < 1:
-            raise ValueError(f"warmup_steps={warmup_steps} is no number of steps. Give 1 or more.")
+            raise ArgumentError(f"warmup_steps={warmup_steps} is no number of steps. Give 1 or more.")
         self.warmup_steps = warmup_steps
 
     def before_optimizer_step(self, run: Run, optimizer: Optimizer) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from eke import Technique, TechniqueStrategy
+from eke import ArgumentError, Technique, TechniqueStrategy
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
@@ -44,7 +44,7 @@ class {{ cookiecutter.class_name }}(TechniqueStrategy, SingleDeviceStrategy):
 
     def __init__(self, threads: int = 1, device: str = "cpu", **options: Any) -> None:
         if threads < 1:
-            raise ValueError(f"threads={threads} leaves nobody to compute. Give 1 or more.")
+            raise ArgumentError(f"threads={threads} leaves nobody to compute. Give 1 or more.")
         super().__init__(device, **options)
         self.threads = threads
         self._threads_before: int | None = None

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from eke import ArgumentError
+
 # Option of a run to its value where the case says nothing: the plainest run there is.
 DEFAULTS: dict[str, Any] = {
     "dropout": 0.0,
@@ -71,9 +73,9 @@ class Case:
     def __post_init__(self) -> None:
         unknown = sorted(set(self.options) - set(DEFAULTS))
         if unknown:
-            raise ValueError(f"options has {', '.join(unknown)}. The options: {', '.join(DEFAULTS)}.")
+            raise ArgumentError(f"options has {', '.join(unknown)}. The options: {', '.join(DEFAULTS)}.")
         if self.save.get("way") not in WAYS:
-            raise ValueError(f"save has way={self.save.get('way')!r}. The ways: {', '.join(WAYS)}.")
+            raise ArgumentError(f"save has way={self.save.get('way')!r}. The ways: {', '.join(WAYS)}.")
 
     def __getitem__(self, option: str) -> Any:
         return self.options.get(option, DEFAULTS[option])
