@@ -38,6 +38,7 @@ __all__ = [
     "expect_no_signals",
     "expect_unused_parameters",
     "finish_epoch",
+    "forget_group",
     "forget_processes",
     "has_values",
     "has_workers_running",
@@ -570,6 +571,24 @@ def start_at(trainer: Trainer, step: int) -> None:
     """Let a run of automatic optimization believe that it has done a number of steps already."""
     done = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
     done.ready = done.completed = step
+
+
+_left_groups: list[Any] = []
+
+
+def forget_group() -> None:
+    """In a process that was forked from one with a process group: be in none. The group's threads were not copied, so
+    that whoever asks the others for something, or ends the group, waits for ever."""
+    c10d = torch.distributed.distributed_c10d
+    if not torch.distributed.is_initialized():
+        return
+    world = c10d._world
+    _left_groups.extend(world.pg_map)  # for to free one is to wait for its threads
+    for held in ("pg_map", "pg_names", "pg_group_ranks", "pg_backend_config", "tags_to_pg", "pg_to_tag"):
+        getattr(world, held).clear()
+    c10d._unregister_all_process_groups()
+    c10d._update_default_pg(None)
+    world.group_count = 0
 
 
 def forget_processes() -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from eke import compat
 
 TIMEOUT = 300.0  # seconds: ten times what the longest run takes on a quiet machine
 KILLED = 9  # exit status of a process that was told to die in mid-run
@@ -108,6 +109,7 @@ def _work(function: Callable[[], Any], environment: dict[str, str], file: Path, 
     os.environ.update(environment)
     tempfile.tempdir = str(file.parent)  # what it leaves there goes with it
     torch.set_num_threads(1)  # a forked process cannot use the parent's thread pool
+    compat.forget_group()  # nor the parent's process group
     if met:  # nor the parent's card; Lightning asks for its random state wherever there is one
         torch.cuda.is_available = lambda: False
     try:
