@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from eke import ResumeError
+from eke import ResumeError, RunError
 from eke.seams.samples import Samples, SamplesError
 from eke.spec import Technique
 from eke.technique import TechniqueCallback
@@ -632,16 +632,20 @@ def test_the_readme_lists_these_ways_and_options():
     assert listed.strip() == table(), f"write core/README.md anew: python {Path(__file__).name}"
 
 
-@pytest.mark.parametrize(
-    "finder", [LearningRateFinder(num_training_steps=4), BatchSizeFinder(max_trials=2)], ids=type_of
-)
-def test_a_run_is_the_same_after_values_were_tried_out_before_it(tmp_path, finder):
-    """Both replace the only train loader, and try it without the techniques' hooks."""
+def test_a_run_is_the_same_after_learning_rates_were_tried_out_before_it(tmp_path):
+    """It replaces the only train loader, and tries it without the techniques' hooks."""
     option = next(one for one in OPTIONS if one.name == "samples chosen by epoch")
+    finder = LearningRateFinder(num_training_steps=4)
     module, technique, trainer = run(option, [finder], loader_of_module=True, default_root_dir=tmp_path)
     assert trainer.current_epoch == 4
     assert technique.noted.sum() == 10 + 5 + 6 + 7  # what the epochs saw, and not what was tried out
     assert len([one for one in module.events if one[0] == "validation"][-4:]) == 4
+
+
+def test_batch_sizes_are_not_tried_out_where_samples_are_chosen(tmp_path):
+    option = next(one for one in OPTIONS if one.name == "samples chosen by epoch")
+    with pytest.raises(RunError, match="BatchSizeFinder runs a few steps.*Find the batch size without"):
+        run(option, [BatchSizeFinder(max_trials=2)], loader_of_module=True, default_root_dir=tmp_path)
 
 
 def test_a_finder_in_a_run_that_resumes_is_refused(tmp_path):

@@ -21,6 +21,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from eke_masked_lm.entry import RECORD
@@ -101,9 +102,10 @@ class Masking(TechniqueCallback):
             MaskingError: it does not.
         """
         self._read = True
-        if compiled(run.module):
-            return call_next(batch, *args)  # where calls are not seen
-        with Reads(_text(batch).labels) as reads:
+        labels = _text(batch).labels
+        if compiled(run.module) or isinstance(labels, FakeTensor):
+            return call_next(batch, *args)  # where calls are not seen, or by a forecast
+        with Reads(labels) as reads:
             output = call_next(batch, *args)
         if not reads.seen:
             raise MaskingError(

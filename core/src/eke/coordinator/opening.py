@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -56,6 +57,7 @@ def check(techniques: list[TechniqueCallback], runs: dict[str, Run], trainer: Tr
         if found := compose.refusals([*techniques, trainer.strategy, trainer.precision_plugin]):
             raise ConflictError(" ".join(found))
         beside.check(trainer.callbacks, records(techniques, trainer))
+        _refuse_batch_size_finder(techniques, trainer)
         for note in beside.notes(trainer.callbacks):
             rank_zero_info(note)
     for technique in techniques:
@@ -73,6 +75,16 @@ def check(techniques: list[TechniqueCallback], runs: dict[str, Run], trainer: Tr
         )
     for technique in techniques:
         technique.check(runs[type(technique).technique.name])
+
+
+def _refuse_batch_size_finder(techniques: list[TechniqueCallback], trainer: Trainer) -> None:
+    chooses = [one for one in techniques if "samples" in type(one).technique.touches("replaces")]
+    if chooses and any(isinstance(one, BatchSizeFinder) for one in trainer.callbacks):
+        name = type(chooses[0]).__name__
+        raise RunError(
+            f"BatchSizeFinder runs a few steps before training and then resumes, and {name} would train on nothing: it "
+            f"has chosen samples for the steps that were tried. Find the batch size without {name}, then give it."
+        )
 
 
 def seed(techniques: list[TechniqueCallback], trainer: Trainer) -> None:
