@@ -33,6 +33,7 @@ class TechniqueCallback(Callback):
         version: Of what ``state_dict`` returns. A later version has to read earlier ones.
         may_change: Arguments that a resumed run may have otherwise without a word: what only the machine, the screen,
             evaluation or the end of the run sees. Paths and devices need not be named.
+        joins: Whether it may be added to a run that began without it: it reads on what was saved then.
         must_not_change: Arguments by which the state was written: with others it cannot be read on.
 
     Attributes:
@@ -47,6 +48,7 @@ class TechniqueCallback(Callback):
     version: ClassVar[int] = 1
     may_change: ClassVar[tuple[str, ...]] = ()
     must_not_change: ClassVar[tuple[str, ...]] = ()
+    joins: ClassVar[bool] = False
 
     on_changed_arguments: Literal["refuse", "warn"] = "refuse"
 

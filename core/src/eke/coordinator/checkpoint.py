@@ -194,7 +194,9 @@ def compare(own: Mapping[str, Any] | None, techniques: list[TechniqueCallback]) 
         record = type(technique).technique
         if name not in saved:
             words = f"the checkpoint was written without {name!r}, which this Trainer has."
-            if _shapes_states(record.effects):
+            if technique.joins:
+                said.append(f"{words} It takes up what there is.")
+            elif _shapes_states(record.effects):
                 never.append(f"{words} What it changes was not there: leave it out, or {_ANEW}.")
             elif _exactness(technique) == "exact":
                 said.append(f"{words} {_EXACT}")

@@ -135,14 +135,15 @@ def patch_blocks(
             return find_all_blocks(module)
         parts = list(module.modules())
         texts = any(isinstance(part, nn.Embedding) for part in parts)
-        if texts or not any(isinstance(part, nn.Conv2d) for part in parts):  # nothing sees images here
+        sounds = any(isinstance(part, nn.Conv1d) for part in parts)
+        if texts or (sounds and not any(isinstance(part, nn.Conv2d) for part in parts)):  # nothing sees images here
             raise PatchesError(f"{error} {on_texts}") from None
         raise PatchesError(f"{error} Say how many tokens precede the patches: {technique}(prefix=1).") from None
 
 
 def _not_one(module: nn.Module, where: str, cutting: list[str], convolutions: dict[str, nn.Module]) -> PatchesError:
     have = ", ".join(f"{name} {part.kernel_size}" for name, part in convolutions.items()) or "no convolution"
-    flat = any(len(part.kernel_size) == 2 for part in convolutions.values())
+    flat = not convolutions or any(len(part.kernel_size) == 2 for part in convolutions.values())
     return PatchesError(
         f"{type(module).__name__} has {len(cutting)} convolutions that cut images into patches (stride and kernel "
         f"alike) outside its blocks{where}; it has {have}."

@@ -105,6 +105,7 @@ class Adam8bit(TechniqueCallback):
 
     technique = RECORD
     may_change = ("backend", "compile")
+    joins = True  # it reads the 32-bit states of Adam
     must_not_change = ("keep_32bit", "min_elements")
 
     def __init__(

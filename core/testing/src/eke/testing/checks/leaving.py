@@ -16,7 +16,7 @@ from eke.testing.models import TinyModel, tensors
 from eke.testing.ranks import run_alone
 from lightning.pytorch import Callback, LightningModule
 
-CORE = 50  # Python calls of the core's own in a step: it notes where the run stands, for a checkpoint of that moment
+CORE = 60  # Python calls of the core's own in a step: it notes where the run stands, for a checkpoint of that moment
 
 
 def changes_nothing_when_off(subject: Subject) -> None:
@@ -129,7 +129,9 @@ def costs_nothing_when_idle(subject: Subject) -> None:
         else "What acts in each step returns from idle() an object that has nothing to do, or names this test in its "
         "exceptions with the reason."
     )
-    assert operators[1] <= operators[0], (
+    # The core copies each tensor of a state that has changed in a batch, for a checkpoint of that moment.
+    copies = subject.epochs * subject.steps if subject.record is not None and build().state_dict() else 0
+    assert operators[1] <= operators[0] + copies, (
         f"{operators[1] - operators[0]} operators more than an empty callback's run. {advice}"
     )
     extra = calls[1] - calls[0]
