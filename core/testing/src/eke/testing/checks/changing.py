@@ -53,7 +53,14 @@ def says_what_changed(subject: Subject, other: Callable[[], object] | None = Non
         left_out = "resumed without it, beside another technique"
         _refused_or_told(subject, left_out, exact, ours, (repr(name),), Bystander())
         _refused_or_told(
-            subject, "added at a resume", exact, plain, (repr(name),), subject.build(), Bystander(), before=True
+            subject,
+            "added at a resume",
+            exact or getattr(subject.build(), "joins", False),
+            plain,
+            (repr(name),),
+            subject.build(),
+            Bystander(),
+            before=True,
         )
         if not (exact or subject.touches(*_REACHES_STATES)):
             marked = [key for key in torch.load(ours)["callbacks"] if kind in key]
