@@ -9,23 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _LOGGERS = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
-
-
 _WHAT_AN_IMPORT_TELLS = ("torchao", "torch.utils._pytree")  # kernels for other GPUs, advice to torchao's authors
 
 
 @contextmanager
 def importing() -> Iterator[None]:
     """Keep back what libraries log when they are imported and a user can do nothing about: for imports inside of it."""
-    loggers = [logging.getLogger(name) for name in _WHAT_AN_IMPORT_TELLS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
+    with _errors_alone(_WHAT_AN_IMPORT_TELLS):
         yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 @contextmanager
@@ -35,9 +26,7 @@ def quiet(all_warnings: bool = False) -> Iterator[None]:
     Args:
         all_warnings: Whether other warnings are kept back too, those of techniques and of the user's code included.
     """
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _errors_alone(_LOGGERS):
         if all_warnings:
             warnings.simplefilter("ignore")
         else:
@@ -48,10 +37,17 @@ def quiet(all_warnings: bool = False) -> Iterator[None]:
             warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")
             warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
             warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+        yield
+
+
+@contextmanager
+def _errors_alone(names: tuple[str, ...]) -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

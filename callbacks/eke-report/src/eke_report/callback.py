@@ -18,12 +18,13 @@ from typing import Any, ClassVar
 import eke
 import torch
 from eke import ArgumentError, EkeError, Run, Technique, TechniqueCallback, measure
+from eke.quiet import quiet
 from eke.seams.batch import tensors
 from eke.seams.trial import clock, compare, compiled, switch_off, switch_on, turns
 from eke.strategies import arguments_of
 from lightning.pytorch import LightningModule, Trainer
 
-from eke_report.copies import Copies, silence
+from eke_report.copies import Copies
 from eke_report.entry import RECORD
 from eke_report.text import render
 
@@ -239,7 +240,7 @@ class Report(TechniqueCallback):
         if self._off is off:
             return
         if self._off is not None:
-            with silence():
+            with quiet(all_warnings=True):
                 switch_on(self._off)
         if off is not None:
             switch_off(off)

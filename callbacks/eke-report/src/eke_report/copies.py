@@ -8,14 +8,12 @@ numbers, its loader.
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from statistics import fmean, median
 from typing import Any
 
 import eke
+from eke.quiet import quiet
 from eke.seams.calibrate import sample_batches
 from eke.seams.state import rng_state, set_rng_state
 from eke.seams.trial import compare, interleave
@@ -98,7 +96,7 @@ class Copies:
             return fmean(watch.times)
 
         try:
-            with silence():
+            with quiet(all_warnings=True):
                 self._run([*others, name])  # compiles, and meets what is made once
                 found = compare(interleave(lambda: block(True), lambda: block(False), rounds))
         except Exception as error:
@@ -128,17 +126,3 @@ class _Batches:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.batches)
-
-
-@contextmanager
-def silence() -> Iterator[None]:
-    """What Lightning and techniques say at the beginning of every run is not said again."""
-    logger = logging.getLogger("lightning.pytorch")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(before)

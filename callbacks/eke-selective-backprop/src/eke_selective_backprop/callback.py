@@ -12,8 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from eke import ArgumentError, Run, Technique, TechniqueCallback
-from eke.seams.batch import rows
-from eke.seams.losses import showing
+from eke.seams.losses import on_chosen
 from eke.seams.scoring import scoring_pass
 from torch import Tensor
 
@@ -89,11 +88,7 @@ class SelectiveBackprop(TechniqueCallback):
         if self._kind == "plain":
             return call_next(batch, *args)
         chosen, mean = run.once("chosen", lambda: self._choose(run, call_next, batch, args))
-        with showing(mean) as shown:
-            output = call_next(rows(batch, chosen), *args)
-        if shown.mean is not None:
-            run.log("chosen_loss", shown.mean)
-        return output
+        return on_chosen(run, call_next, batch, chosen, mean, *args)
 
     def _choose(self, run: Run, step: Any, batch: Any, args: Any) -> tuple[Tensor, Tensor]:
         """Numbers of the samples of a batch to train on, and the mean loss of all of its samples."""

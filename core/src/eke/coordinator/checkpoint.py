@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.utils.data import IterableDataset
@@ -277,8 +276,6 @@ def shape(
     weights = checkpoint.get("state_dict")
     if trainer is not None and isinstance(weights, dict):
         weights.update(own.get("training_weights", {}).get("tensors", {}))
-    if trainer is not None and isinstance(trainer.precision_plugin, DoublePrecision):
-        module.double()  # Lightning does so after weights have loaded: a module of float32 would round them
 
 
 def restore(own: dict[str, Any], techniques: list[TechniqueCallback], progress: Progress, masks: Masks | None) -> None:

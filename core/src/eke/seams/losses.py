@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,8 +19,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from eke import compat
-from eke.seams.batch import tensors
+from eke.seams.batch import rows, tensors
 from eke.spec import EkeError
+
+if TYPE_CHECKING:
+    from eke.run import Run
 
 Weigh = Callable[[Tensor], Tensor | None]
 
@@ -235,6 +238,21 @@ def showing(value: Tensor) -> Iterator[Shown]:
     part, and keep its own gradient."""
     with _caught(Shown(value)) as shown:
         yield shown
+
+
+def on_chosen(run: Run, call_next: Callable[..., Any], batch: Any, chosen: Tensor, mean: Tensor, *args: Any) -> Any:
+    """``training_step`` on some samples of a batch. What it logs of its loss shows the mean of the whole batch; that of
+    the chosen ones is logged as ``chosen_loss``.
+
+    Args:
+        chosen: Numbers of the samples, (chosen,), int64.
+        mean: Of all losses of the batch, a scalar.
+    """
+    with showing(mean) as shown:
+        output = call_next(rows(batch, chosen), *args)
+    if shown.mean is not None:
+        run.log("chosen_loss", shown.mean)
+    return output
 
 
 @contextmanager
