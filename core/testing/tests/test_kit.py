@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from eke.testing import (
     SHAPES,
     CallbackContract,
@@ -327,3 +328,22 @@ Misspelt.__test__ = False
 class TestPlainCallback(Misspelt):
     __test__ = True
     exceptions = {}
+
+
+def test_a_forked_process_is_in_no_process_group_of_its_parents():
+    """The group's threads were not copied: who asked the others for something would wait for ever."""
+
+    def joins():
+        assert not dist.is_initialized()
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        told = [3]
+        dist.broadcast_object_list(told)
+        dist.destroy_process_group()
+        return told[0]
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert run_alone(joins, timeout=60) == 3
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
