@@ -16,7 +16,7 @@ class TestContract(TechniqueContract):
     zoo_run = {"epochs": 2}
 
     def build_in_zoo(self, animal):
-        return InfoBatch(0.5, anneal=0.0)
+        return InfoBatch(0.9, anneal=0.0)
 
     def shows(self, plain, seen):
         assert seen.in_blocks() < plain.in_blocks()

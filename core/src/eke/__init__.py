@@ -10,7 +10,17 @@ from pkgutil import extend_path
 from typing import TYPE_CHECKING, Any
 
 from eke.registry import available, create, get, trainer_kwargs
-from eke.spec import ArgumentError, ConflictError, EkeError, NoEffectWarning, Offer, ResumeError, Technique, hookimpl
+from eke.spec import (
+    ArgumentError,
+    ConflictError,
+    EkeError,
+    NoEffectWarning,
+    NoGradientWarning,
+    Offer,
+    ResumeError,
+    Technique,
+    hookimpl,
+)
 
 if TYPE_CHECKING:
     from eke.refusal import RunError
@@ -31,6 +41,7 @@ __all__ = [
     "ConflictError",
     "EkeError",
     "NoEffectWarning",
+    "NoGradientWarning",
     "Offer",
     "ResumeError",
     "Run",

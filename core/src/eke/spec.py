@@ -144,6 +144,10 @@ class NoEffectWarning(UserWarning):
     """A technique was switched on and found nothing to act on."""
 
 
+class NoGradientWarning(NoEffectWarning):
+    """Something that the optimizer holds is not reached by the loss: the model's doing, or a technique's."""
+
+
 @dataclass(frozen=True)
 class Offer:
     """A way in which a technique makes a step need less memory.

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from eke import ArgumentError, Run, Technique, TechniqueCallback
-from eke.seams.batch import rows, size
+from eke.seams.batch import part_of, rows, size
 from eke.seams.losses import Capture, capture
 from eke.seams.scoring import error_norms, scoring_pass
 from torch import Tensor
@@ -111,7 +111,7 @@ class ImportanceSampling(TechniqueCallback):
     def around_step(self, run: Run, call_next: Any, batch: Any, *args: Any) -> Any:
         if self.keep == 1:
             return call_next(batch, *args)
-        count = max(1, round(self.keep * size(batch)))
+        count = part_of(size(batch), self.keep, type(self).__name__)
         self._kind = run.once("kind", lambda: "scores" if self._gain >= self.threshold else "plain")
         if self._kind == "plain":
             first = rows(batch, torch.arange(count))

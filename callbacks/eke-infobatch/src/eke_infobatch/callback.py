@@ -21,7 +21,7 @@ from eke_infobatch.entry import RECORD
 def plan_epoch(scores: Tensor, seen: Tensor, ratio: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Which samples an epoch sees, and with which weight.
 
-    Of the samples with a score below the mean, a random ``round(ratio * number)`` are left out; the others of them get
+    Of the samples with a score below the mean, a random ``round(ratio * number)`` are left out, but never all; the others of them get
     the weight that makes up for those: all of them over those that stay. The weights add up to the number of samples.
 
     Args:
@@ -41,8 +41,8 @@ def plan_epoch(scores: Tensor, seen: Tensor, ratio: float, generator: torch.Gene
         mean = scores[seen].mean()
         # By more than rounding: the mean of equal scores may lie above each of them, and all would count as learned.
         low = ((scores < mean - 1e-9 * mean.abs()) & seen).nonzero()[:, 0]
-        dropped = round(ratio * len(low))
-        if 0 < dropped < len(low):
+        dropped = min(round(ratio * len(low)), len(low) - 1)  # one stays for the others
+        if dropped > 0:
             weights[low] = len(low) / (len(low) - dropped)
             weights[low[torch.randperm(len(low), generator=generator)[:dropped]]] = 0
     return (weights > 0).nonzero()[:, 0], weights

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from eke import EkeError, Run, Technique, TechniqueCallback
+from eke.seams.batch import part_of
 from eke.seams.losses import on_chosen
 from eke.seams.samples import Samples
 from eke.seams.scores import Scores, check_data
@@ -111,7 +112,7 @@ class RhoLoss(TechniqueCallback):
         scored = scoring_pass(run.module, step, batch, *args, training=self.look == "training")
         losses = scored.losses
         irreducible = torch.zeros(len(losses)) if self.file == ZERO else self._irreducible[self._samples.batch()]
-        return reducible(losses, irreducible, max(1, round(self.keep * len(losses)))), scored.mean
+        return reducible(losses, irreducible, part_of(len(losses), self.keep, type(self).__name__)), scored.mean
 
     def state_dict(self) -> dict[str, Any]:
         return {"samples": self._samples.state_dict()}

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from eke import ArgumentError, Run, Technique, TechniqueCallback
+from eke.seams.batch import part_of
 from eke.seams.losses import on_chosen
 from eke.seams.scoring import scoring_pass
 from torch import Tensor
@@ -93,6 +94,7 @@ class SelectiveBackprop(TechniqueCallback):
     def _choose(self, run: Run, step: Any, batch: Any, args: Any) -> tuple[Tensor, Tensor]:
         """Numbers of the samples of a batch to train on, and the mean loss of all of its samples."""
         scored = scoring_pass(run.module, step, batch, *args)
+        part_of(len(scored.losses), self.keep, type(self).__name__)  # says where that is all
         return select(scored.losses, self.keep, run.generator), scored.mean
 
     def step_kind(self) -> str:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from eke.spec import EkeError
+from eke.spec import EkeError, NoEffectWarning
 
 
 class BatchError(EkeError, ValueError):
@@ -83,6 +84,22 @@ def size(batch: Any) -> int:
             "collate function give every tensor one row for each sample."
         )
     return sizes[0]
+
+
+def part_of(samples: int, keep: float, who: str) -> int:
+    """How many of the samples of a batch are ``keep`` of them: the rounded number, and one at least.
+
+    Warns:
+        NoEffectWarning: those are all, though fewer were asked for.
+    """
+    count = max(1, round(keep * samples))
+    if count == samples and keep < 1:
+        rank_zero_warn(
+            f"{who}(keep={keep}) takes all of a batch of {samples} {'sample' if samples == 1 else 'samples'}: there is "
+            f"nothing to choose from. Give larger batches, or leave {who} out.",
+            category=NoEffectWarning,
+        )
+    return count
 
 
 def rows(batch: Any, chosen: Tensor) -> Any:

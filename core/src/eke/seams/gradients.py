@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from eke.seams import interceptor
 from eke.seams.blocks import BlocksError, find_all_blocks
-from eke.spec import NoEffectWarning
+from eke.spec import NoGradientWarning
 
 _LOOKS = 5  # experts that a router did not choose in the first step are chosen in one of the next
 
@@ -73,7 +73,7 @@ class GradientCheck:
         )
         rank_zero_warn(
             f"Of what the optimizer holds this has had no gradient, and does not train: {shown}. {advice}",
-            category=NoEffectWarning,
+            category=NoGradientWarning,
         )
 
     def _cut_off(self, held: dict[int, nn.Parameter], without: dict[int, nn.Parameter]) -> bool:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Weigh = Callable[[Tensor], Tensor | None]
 
 _capture: ContextVar[Capture | None] = ContextVar("eke_capture", default=None)
+_as_trained: ContextVar[bool] = ContextVar("eke_as_trained", default=False)
 
 
 class LossError(EkeError, ValueError):
@@ -206,7 +207,17 @@ class Shown(Capture):
 
 def show(loss: Tensor, value: Tensor) -> Tensor:
     """A scalar with the value of ``value`` and the gradient of ``loss``."""
-    return _Show.apply(loss, value.to(loss))
+    return loss if _as_trained.get() else _Show.apply(loss, value.to(loss))
+
+
+@contextmanager
+def as_trained() -> Iterator[None]:
+    """Inside, a loss has the value that it is trained on, whatever it would show: for who measures losses."""
+    token = _as_trained.set(True)
+    try:
+        yield
+    finally:
+        _as_trained.reset(token)
 
 
 class _Show(torch.autograd.Function):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from eke.seams.blocks import BlocksError, find_blocks
+from eke.seams.losses import as_trained
 from eke.testing.checks import Subject
 from eke.testing.compare import checksum
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -150,6 +151,7 @@ class _Watch(Callback):
         """Hear every module's call while the block runs, from outside of the modules."""
         self._model = model
         stack = ExitStack()
+        stack.enter_context(as_trained())
         stack.callback(nn.modules.module.register_module_forward_hook(self._called).remove)
         stack.callback(self._leave)
         return stack

@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from eke import EkeError, NoEffectWarning, TechniqueCallback
+from eke import EkeError, NoEffectWarning, NoGradientWarning, TechniqueCallback
 from eke.quiet import quiet
 from eke.seams.blocks import BlocksError, find_all_blocks
 from eke.testing.run import make_trainer, seed_everything
@@ -261,7 +261,9 @@ def _train(
             trainer.fit(model, loader)
         finally:
             seen._close()
-    seen.said = [str(one.message) for one in caught if issubclass(one.category, NoEffectWarning)]
+    # A model's own part that the loss does not reach, such as DINOv2's mask token, is nothing that a technique says.
+    told = [one for one in caught if issubclass(one.category, NoEffectWarning)]
+    seen.said = [str(one.message) for one in told if not issubclass(one.category, NoGradientWarning)]
 
 
 def _refusal(seen: Seen, epochs: int, batches: int, **options: Any) -> str | None:
