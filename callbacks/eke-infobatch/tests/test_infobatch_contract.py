@@ -13,7 +13,7 @@ class TestContract(TechniqueContract):
     def idle(self):
         return InfoBatch(0.0)
 
-    zoo_run = {"epochs": 2}
+    zoo_run = {"epochs": 2, "batches": 6}  # of one sample each, some models: of two, none can be left out
 
     def build_in_zoo(self, animal):
         return InfoBatch(0.9, anneal=0.0)

@@ -21,8 +21,9 @@ from eke_infobatch.entry import RECORD
 def plan_epoch(scores: Tensor, seen: Tensor, ratio: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Which samples an epoch sees, and with which weight.
 
-    Of the samples with a score below the mean, a random ``round(ratio * number)`` are left out, but never all; the others of them get
-    the weight that makes up for those: all of them over those that stay. The weights add up to the number of samples.
+    Of the samples with a score below the mean, a random ``round(ratio * number)`` are left out, but never all; the
+    others of them get the weight that makes up for those: all of them over those that stay. The weights add up to the
+    number of samples.
 
     Args:
         scores: Each sample's last loss, (samples,), float64.
