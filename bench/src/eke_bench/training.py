@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from eke.seams.state import seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from eke_bench.workloads import Workload
@@ -39,7 +40,7 @@ def train(
         loader: Other data than the workload's.
         trainer: Further arguments of the Trainer.
     """
-    seed_everything(seed, verbose=False)
+    seed_everything(seed)
     model = workload.model(shape, lr, steps)
     with quiet():
         made = Trainer(max_steps=steps, callbacks=list(callbacks), limit_val_batches=0, devices=1, **QUIET, **trainer)

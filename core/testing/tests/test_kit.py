@@ -347,3 +347,13 @@ def test_a_forked_process_is_in_no_process_group_of_its_parents():
         assert dist.is_initialized()
     finally:
         dist.destroy_process_group()
+
+
+def test_a_seed_that_lightning_has_left_in_the_environment_seeds_no_run_of_two_processes(monkeypatch):
+    def losses():
+        ranks = run_ranks(lambda rank: fit(TinyBlocks(dropout=0.1), world=2, epochs=1).state["steps"])
+        return [[step["loss"] for step in steps.values()] for steps in ranks]
+
+    before = losses()
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    assert losses() == before

@@ -7,7 +7,8 @@ from contextlib import ExitStack
 from typing import Any
 
 import eke
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from eke.seams.state import seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from eke_bench.meter import Meter
@@ -18,7 +19,7 @@ from eke_bench.workloads import Workload
 
 class Lightning:
     def fit(self, run: Run, workload: Workload, meter: Meter) -> dict[str, float]:
-        seed_everything(run.seed, verbose=False)
+        seed_everything(run.seed)
         model = workload.model(run.shape, run.lr, run.steps)
         techniques = eke.trainer_kwargs(**run.recipe)
         callbacks = [Metered(meter), *techniques.pop("callbacks", [])]

@@ -9,8 +9,9 @@ from typing import Any
 import eke
 import torch
 from eke import ArgumentError, measure
+from eke.seams.state import seed_everything
 from eke.seams.trial import clock, compiled, differ
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 def paired(
@@ -52,7 +53,7 @@ def paired(
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
     for seed in range(seeds):
         for name in list(variants)[:: -1 if seed % 2 else 1]:
-            seed_everything(seed, verbose=False)
+            seed_everything(seed)
             runs[name].append(_train(*build(), variants[name], steps, warmup, trainer))
     control = _ratios(runs["again"], runs[""])
     return {

@@ -54,6 +54,16 @@ def plain_rng(now: tuple[Any, ...] | dict[str, Any]) -> dict[str, Any]:
 _has_cuda = torch.cuda.is_available()
 
 
+def seed_everything(seed: int) -> None:
+    """Seed torch, random and numpy. Lightning's own function leaves the seed in the environment, by which each later
+    run under DDP is seeded anew."""
+    import numpy
+
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed)
+
+
 def set_rng_state(state: dict[str, Any]) -> None:
     """Put back what :func:`rng_state` gave."""
     import numpy

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import random
+import os
 import shutil
-import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from eke import ConflictError, registry
 from eke.quiet import quiet
+from eke.seams import state
 from eke.testing.compare import checksum, copied, local, random_state
 from eke.testing.data import BATCH, Loader
 from eke.testing.models import STEPS, tensors
@@ -318,8 +318,8 @@ def training_state(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed torch, random and numpy. Lightning's own function would leave a trace in the environment."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    if "numpy" in sys.modules:  # torch and Lightning work without it
-        sys.modules["numpy"].random.seed(seed)
+    """Seed all random states, and forget a seed that Lightning's function has left in the environment: under DDP a run
+    would be seeded by that one."""
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        os.environ.pop(name, None)
+    state.seed_everything(seed)
