@@ -72,6 +72,6 @@ def test_each_result_is_written_at_once_and_a_failure_has_its_words(tmp_path):
 
 def test_the_contract_leaves_out_what_a_technique_excepts_and_forks_before_it_meets_the_card():
     contract = tool("gpu_contract")
-    forking = ("killed", "loads_without_it")
+    forking = ("resumes", "loads_without_it")
     order = [any(word in name for word in forking) for name, _ in contract.CHECKS]
     assert order == sorted(order, reverse=True)

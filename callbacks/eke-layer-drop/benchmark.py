@@ -5,9 +5,10 @@ python benchmark.py --size cpu --out ../../benchmarks/cpu-2core
 
 import sys
 
+from eke.seams.interceptor import Skip
 from eke_bench import Benchmark, Timing, main_of
 from eke_bench.steps import intercepted, language_model, untouched
-from eke_layer_drop.callback import Rescale, Skip
+from eke_layer_drop.callback import Rescale
 
 
 def steps(size):

@@ -16,7 +16,8 @@ def steps(size):
 
     def join(count, proportional=True):
         technique = TokenMerge(count, prefix=1, proportional=proportional)
-        return lambda number, block: [Merge(technique, block, number == 0)]
+        state = {}  # of the list, which its blocks share
+        return lambda number, block: [Merge(technique, state, block, number == 0)]
 
     ways = {
         "no patch joined": untouched,
